@@ -1,0 +1,34 @@
+"""UNIMO-2 and UNIMO on PaddlePaddle: models, pre-training, finetuning, evaluation.
+
+The public names are loaded on first use, so that ``import unimo2_paddle`` and ``unimo2 --help`` stay fast.
+"""
+import zlib  # noqa: F401  paddle 2.6.2 exports zlib's symbols: Python's own must be loaded before it
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "Unimo2Config": "unimo2_paddle.models.configuration",
+    "Unimo2Model": "unimo2_paddle.models.unimo2",
+    "Tokenizer": "unimo2_paddle.data.tokenizer",
+    "load_image": "unimo2_paddle.data.images",
+    "LoadReport": "unimo2_paddle.checkpoints.released",
+    "load_released": "unimo2_paddle.checkpoints.released",
+    "save_released": "unimo2_paddle.checkpoints.released",
+    "from_pretrained": "unimo2_paddle.checkpoints.pretrained",
+    "save_pretrained": "unimo2_paddle.checkpoints.pretrained",
+}
+__all__ = sorted(_PUBLIC) + ["__version__"]
+
+
+def __getattr__(name):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'unimo2_paddle' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,126 @@
+"""The console command ``unimo2``: one thin function per command, exit status 0 (done), 1 (failed), 2 (wrong input)."""
+import argparse
+import sys
+
+import unimo2_paddle
+from unimo2_paddle.errors import Unimo2Error, UserInputError
+
+
+def _train(args):
+    from unimo2_paddle.training.loop import train_from_config
+
+    train_from_config(args.config, args.override, resume=args.resume)
+
+
+def _eval(args):
+    from unimo2_paddle.training.loop import evaluate_from_config
+
+    evaluate_from_config(args.config, args.override)
+
+
+def _validate(args):
+    from unimo2_paddle.config import describe_config
+
+    print(describe_config(args.config, args.override))
+
+
+def _convert(args):
+    from unimo2_paddle.checkpoints.convert import convert
+
+    print(convert(args.source, args.target, args.format))
+
+
+def _inspect(args):
+    from unimo2_paddle.checkpoints.convert import describe
+
+    print(describe(args.path))
+
+
+def _init(args):
+    from unimo2_paddle.checkpoints.initialise import initialise
+
+    print(initialise(args.target, config=args.config, roberta=args.roberta, vit=args.vit, seed=args.seed))
+
+
+def _demo_data(args):
+    from unimo2_paddle.data.demo import write_demo_data
+
+    print(write_demo_data(args.out, size=args.size, seed=args.seed))
+
+
+def _demo(args):
+    from unimo2_paddle.demo_run import run_demo
+
+    run_demo(args.out, seed=args.seed)
+
+
+def _add_config_arguments(parser):
+    parser.add_argument("-c", "--config", required=True, help="run configuration (YAML), see run_configs/")
+    parser.add_argument("-o", "--override", action="append", default=[], metavar="KEY=VALUE",
+                        help="override one entry, for example -o train.batch_size=8 (repeatable)")
+
+
+def build_parser():
+    """The argument parser of ``unimo2`` with all its commands."""
+    parser = argparse.ArgumentParser(
+        prog="unimo2", description="UNIMO-2 on PaddlePaddle: pre-train, finetune, evaluate, convert.")
+    parser.add_argument("--version", action="version", version=f"unimo2_paddle {unimo2_paddle.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name, function, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("train", _train, "Train what a run configuration describes (pre-training or a task).")
+    _add_config_arguments(sub)
+    sub.add_argument("--resume", default="none", metavar="auto|PATH|none",
+                     help="continue from the newest complete checkpoint of the run (auto) or from PATH; default: none")
+    sub = command("eval", _eval, "Evaluate a checkpoint with a task's evaluators and write the report.")
+    _add_config_arguments(sub)
+    sub = command("validate", _validate, "Check a run configuration and print it resolved, or every error at once.")
+    _add_config_arguments(sub)
+
+    sub = command("convert", _convert, "Convert a checkpoint between the authors' directories, safetensors and pdparams.")
+    sub.add_argument("--from", dest="source", required=True, metavar="PATH", help="checkpoint directory or file to read")
+    sub.add_argument("--to", dest="target", required=True, metavar="DIR", help="directory to write (must not exist)")
+    sub.add_argument("--format", choices=("released", "safetensors", "pdparams"), default="safetensors",
+                     help="what to write; default: safetensors")
+    sub = command("inspect", _inspect, "Print names, shapes, sizes and the fitting config of a checkpoint.")
+    sub.add_argument("path", help="checkpoint directory or file")
+    sub = command("init", _init, "Initialise a UNIMO-2 model from PaddleNLP RoBERTa and PaddleClas ViT weights.")
+    sub.add_argument("--to", dest="target", required=True, metavar="DIR", help="directory to write (must not exist)")
+    sub.add_argument("--config", required=True, help="model config (JSON) of the model to write")
+    sub.add_argument("--roberta", metavar="FILE", help="RoBERTa weights of PaddleNLP (.pdparams or its directory)")
+    sub.add_argument("--vit", metavar="FILE", help="ViT weights of PaddleClas (.pdparams)")
+    sub.add_argument("--seed", type=int, default=1, help="seed of the parameters no source provides; default: 1")
+
+    sub = command("demo-data", _demo_data, "Write the generated coloured-shape corpora in the real file formats.")
+    sub.add_argument("--out", required=True, metavar="DIR", help="directory to write (must not exist or be a demo directory)")
+    sub.add_argument("--size", type=int, default=4000, metavar="N", help="number of training pairs; default: 4000")
+    sub.add_argument("--seed", type=int, default=1, help="seed of the generator; default: 1")
+    sub = command("demo", _demo, "Run the whole demo: data, pre-training, zero-shot retrieval.")
+    sub.add_argument("--out", default="output/demo", metavar="DIR", help="output directory; default: output/demo")
+    sub.add_argument("--seed", type=int, default=1, help="seed of data and training; default: 1")
+    return parser
+
+
+def main(argv=None):
+    """Run one command; returns the process exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.function(args)
+    except UserInputError as error:
+        print(f"unimo2 {args.command}: {error}", file=sys.stderr)
+        return 2
+    except Unimo2Error as error:
+        print(f"unimo2 {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"unimo2 {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Tokenizer, images, corpora and batches."""

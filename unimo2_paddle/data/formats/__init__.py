@@ -1,0 +1,1 @@
+"""One module per on-disk format; plain Python and numpy only."""

@@ -1,0 +1,1 @@
+"""Model definitions, readable top to bottom like the papers."""

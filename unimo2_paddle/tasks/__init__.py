@@ -1,0 +1,1 @@
+"""One file per learning problem: batch to loss, batch to predictions, metric."""
