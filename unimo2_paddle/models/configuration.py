@@ -1,0 +1,208 @@
+"""Model configuration: the authors' JSON keys, checked when the object is made."""
+import dataclasses
+import difflib
+import json
+from dataclasses import dataclass, fields
+from typing import List, Optional
+
+from unimo2_paddle.errors import ConfigError
+
+_CHOICES = {
+    "hidden_act": ("gelu", "relu"),
+    "text_hidden_act": ("gelu", "relu"),
+    "vit_hidden_act": ("gelu", "relu"),
+    "fusion_method": ("mul", "sum"),
+    "grounding_method": ("topk", "normal"),
+    "model_type": ("grounded", "baseline"),
+}
+
+
+def parse_layers(value, count, key):
+    """Layer indices from ``None`` (all), a list, ``"0,1,2"`` or ``"0-5"``.
+
+    Raises:
+        ConfigError: when the text cannot be read or an index is outside ``0 .. count-1``.
+    """
+    if value is None or value == "":
+        return list(range(count))
+    try:
+        if isinstance(value, str):
+            layers = []
+            for part in value.split(","):
+                first, _, last = part.strip().partition("-")
+                layers.extend(range(int(first), int(last or first) + 1))
+        else:
+            layers = [int(v) for v in value]
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key}: {value!r} is not a list of layer numbers; write for example \"0,1,2\" or \"0-5\"") from None
+    wrong = [n for n in layers if not 0 <= n < count]
+    if wrong or len(set(layers)) != len(layers) or not layers:
+        raise ConfigError(f"{key}: layers {layers} must be distinct numbers from 0 to {count - 1}")
+    return layers
+
+
+@dataclass
+class Unimo2Config:
+    """Shapes and switches of UNIMO-2.
+
+    The keys are those of the authors' JSON files and command lines (reference notes, section 1.1). Defaults are the base model.
+    ``vit_layer_norm_eps``, ``max_position_embeddings``, ``type_vocab_size`` and ``use_neg_lm_loss`` are accepted because the authors' files
+    contain them; the authors' code does not use them either (the ViT epsilon is fixed to 1e-12).
+
+    Ours: ``grounding_counts_padding`` (True restores the authors' top-K sum over padded positions, whose result depends on the batch)
+    and ``position_grid`` (side of the stored ViT position table; the authors' is always 14).
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    text_hidden_size: Optional[int] = None
+    text_num_hidden_layers: int = 12
+    text_num_attention_heads: int = 12
+    text_hidden_act: str = "gelu"
+    text_hidden_dropout_prob: float = 0.1
+    text_attention_probs_dropout_prob: float = 0.1
+    text_vocab_size: int = 50265
+    text_max_position_embeddings: int = 514
+    vit_hidden_size: Optional[int] = None
+    vit_num_hidden_layers: int = 12
+    vit_num_attention_heads: int = 12
+    vit_hidden_act: str = "gelu"
+    vit_hidden_dropout_prob: float = 0.0
+    vit_attention_probs_dropout_prob: float = 0.0
+    vit_layer_norm_eps: float = 1e-12
+    max_position_embeddings: int = 514
+    type_vocab_size: int = 0
+    use_neg_lm_loss: bool = False
+    initializer_range: float = 0.02
+    fusion_method: str = "mul"
+    num_labels: int = 2
+    resolution: int = 16
+    image_size: int = 224
+    num_codebook: int = 2048
+    topk_value: int = 100
+    grounding_method: str = "topk"
+    with_grounding_projection: bool = False
+    with_cmcl_projection: bool = False
+    cmcl_share_parameters: bool = False
+    with_grounding_pos: bool = False
+    with_grounding_mask: bool = False
+    grounding_mask_ratio: float = 0.15
+    cmcl_score_weight: float = 0.3
+    weight_sharing: bool = True
+    model_type: str = "grounded"
+    text_enc_layers: Optional[List[int]] = None
+    grounding_enc_layers: Optional[List[int]] = None
+    grounding_counts_padding: bool = False
+    position_grid: int = 14
+
+    def __post_init__(self):
+        self.text_hidden_size = self.hidden_size if self.text_hidden_size is None else self.text_hidden_size
+        self.vit_hidden_size = self.hidden_size if self.vit_hidden_size is None else self.vit_hidden_size
+        problems = self._type_problems() or self._value_problems()
+        if problems:
+            raise ConfigError(problems, "model config")
+        self.text_enc_layers = parse_layers(self.text_enc_layers, self.text_num_hidden_layers, "text_enc_layers")
+        self.grounding_enc_layers = parse_layers(self.grounding_enc_layers, self.num_hidden_layers, "grounding_enc_layers")
+
+    def _type_problems(self):
+        problems = []
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            if field.name in ("text_enc_layers", "grounding_enc_layers"):
+                continue
+            expected = int if field.name in ("text_hidden_size", "vit_hidden_size") else type(default)
+            if expected is float and isinstance(value, int) and not isinstance(value, bool):
+                setattr(self, field.name, float(value))
+            elif not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+                problems.append(f"{field.name}: {value!r} is not of type {expected.__name__}")
+        return problems
+
+    def _value_problems(self):
+        problems = []
+        for key, choices in _CHOICES.items():
+            if getattr(self, key) not in choices:
+                problems.append(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool):
+                continue
+            if isinstance(value, int) and value < (0 if field.name == "type_vocab_size" else 1):
+                problems.append(f"{field.name}: must be at least 1, is {value}")
+            if isinstance(value, float) and field.name.endswith(("_prob", "_ratio")) and not 0 <= value < 1:
+                problems.append(f"{field.name}: must be in [0, 1), is {value}")
+        if problems:
+            return problems
+        for prefix in ("", "text_", "vit_"):
+            heads = getattr(self, f"{prefix}num_attention_heads")
+            if self.hidden_size % heads:
+                problems.append(f"{prefix}num_attention_heads: {heads} does not divide hidden_size {self.hidden_size}")
+            if prefix and getattr(self, f"{prefix}hidden_size") != self.hidden_size:
+                problems.append(f"{prefix}hidden_size: must equal hidden_size {self.hidden_size} (all three encoders share one width), "
+                                f"is {getattr(self, f'{prefix}hidden_size')}")
+        if self.image_size % self.resolution:
+            nearest = max(1, round(self.image_size / self.resolution)) * self.resolution
+            problems.append(f"image_size: {self.image_size} is not a multiple of the patch size (resolution) {self.resolution}; "
+                            f"for example {nearest} is")
+        if self.model_type == "grounded" and self.topk_value > self.num_codebook:
+            problems.append(f"topk_value: {self.topk_value} is larger than the codebook (num_codebook {self.num_codebook})")
+        if self.with_grounding_pos and self.topk_value + 2 > self.text_max_position_embeddings:
+            problems.append(f"with_grounding_pos: {self.topk_value} grounded tokens need {self.topk_value + 2} text positions, "
+                            f"text_max_position_embeddings is {self.text_max_position_embeddings}")
+        return problems
+
+    @property
+    def grid(self):
+        """Patches per side of an image of ``image_size``."""
+        return self.image_size // self.resolution
+
+    @property
+    def num_patches(self):
+        """Patches of an image of ``image_size``."""
+        return self.grid ** 2
+
+    @classmethod
+    def from_dict(cls, values, source="model config", **overrides):
+        """A config from a mapping; unknown keys are errors with the nearest known key."""
+        merged = {**values, **overrides}
+        known = [f.name for f in fields(cls)]
+        problems = []
+        for key in merged:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                problems.append(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        if problems:
+            raise ConfigError(problems, source)
+        try:
+            return cls(**merged)
+        except ConfigError as error:
+            raise ConfigError(error.problems, source) from None
+
+    @classmethod
+    def from_json(cls, path, **overrides):
+        """A config from a JSON file of the authors' form; ``overrides`` replace single keys."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+        except OSError as error:
+            raise ConfigError(f"cannot read the model config: {error.strerror}", str(path)) from None
+        except ValueError as error:
+            raise ConfigError(f"not a JSON file: {error}", str(path)) from None
+        if not isinstance(values, dict):
+            raise ConfigError("must be a JSON object of config keys", str(path))
+        return cls.from_dict(values, source=str(path), **overrides)
+
+    def to_dict(self):
+        """All keys and values as plain Python."""
+        return dataclasses.asdict(self)
+
+    def to_json(self, path=None):
+        """The config as JSON text, also written to ``path`` when given."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        return text

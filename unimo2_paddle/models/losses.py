@@ -1,0 +1,101 @@
+"""Training losses as pure functions of tensors; sources are the authors' code as stated in the reference notes."""
+import paddle
+import paddle.nn.functional as F
+
+
+def contrastive_loss(image, text, temperature, weights=None, all_image=None, all_text=None, offset=0):
+    """Symmetric InfoNCE (cross-modal contrastive learning, CMCL).
+
+    Args:
+        image, text: features ``[B, H]`` of this worker; row i of both is one pair.
+        temperature: scalar tensor.
+        weights: ``[B]``; 0 takes a row's loss out (it still serves as a candidate). The mean stays over B, as the authors have it.
+        all_image, all_text: candidates of all workers ``[G, H]``; default: this worker's own.
+        offset: index of this worker's first row among the candidates.
+
+    Returns:
+        (scalar loss, image-to-text logits ``[B, G]``, text-to-image logits ``[B, G]``).
+    """
+    all_image = image if all_image is None else all_image
+    all_text = text if all_text is None else all_text
+    labels = paddle.arange(offset, offset + image.shape[0], dtype="int64")
+    image_to_text = paddle.matmul(image, all_text, transpose_y=True) / temperature
+    text_to_image = paddle.matmul(text, all_image, transpose_y=True) / temperature
+    loss = (F.cross_entropy(image_to_text, labels, reduction="none") + F.cross_entropy(text_to_image, labels, reduction="none")) / 2
+    loss = loss.reshape([-1])
+    return (loss if weights is None else loss * weights).mean(), image_to_text, text_to_image
+
+
+def visual_contrastive_loss(first, second, temperature, all_first=None, all_second=None, offset=0):
+    """NT-Xent between two augmented views (SimCLR form): the other view is the positive, all other views are negatives.
+
+    Args:
+        first, second: L2-normalised features ``[B, H]``; all_first, all_second: of all workers ``[G, H]``; offset: as above.
+
+    Returns:
+        scalar loss.
+    """
+    all_first = first if all_first is None else all_first
+    all_second = second if all_second is None else all_second
+    size, total = first.shape[0], all_first.shape[0]
+    own = F.one_hot(paddle.arange(offset, offset + size, dtype="int64"), total) * 1e4  # a view is no candidate for itself
+    losses = []
+    for anchor, same, other in ((first, all_first, all_second), (second, all_second, all_first)):
+        to_other = paddle.matmul(anchor, other, transpose_y=True) / temperature
+        to_same = paddle.matmul(anchor, same, transpose_y=True) / temperature - own
+        labels = paddle.arange(offset, offset + size, dtype="int64")
+        losses.append(F.cross_entropy(paddle.concat([to_other, to_same], axis=1), labels))
+    return (losses[0] + losses[1]) / 2
+
+
+def masked_mean(values, weights):
+    """sum(values * weights) / sum(weights), 0 when nothing is weighted."""
+    return (values * weights).sum() / weights.sum().clip(min=1e-12)
+
+
+def circle_loss(positive, negatives, margin, scale):
+    """Circle loss of one positive against several negatives; exponentials in float64 as the authors compute them.
+
+    Args:
+        positive: ``[B, 1]`` scores; negatives: ``[B, N]`` scores; margin, scale: floats.
+
+    Returns:
+        scalar mean over B.
+    """
+    weight_positive = F.relu(1.0 + margin - positive).detach()
+    weight_negative = F.relu(negatives + margin).detach()
+    logit_positive = (-scale * weight_positive * (positive - (1.0 - margin))).astype("float64")
+    logit_negative = (scale * weight_negative * (negatives - margin)).astype("float64")
+    total = logit_negative.exp().sum(axis=1, keepdim=True) * logit_positive.exp().sum(axis=1, keepdim=True)
+    return (1.0 + total).log().mean().astype(positive.dtype)
+
+
+def retrieval_circle_loss(scores, margin=0.2, scale=1.0):
+    """Mean of the caption-side and image-side circle losses (UNIMO-2 retrieval finetuning).
+
+    Args:
+        scores: ``[B, 1 + 2N]``: positive, N image negatives, N caption negatives.
+
+    Returns:
+        (total, caption part, image part) scalars.
+    """
+    negatives = (scores.shape[1] - 1) // 2
+    image_side = circle_loss(scores[:, :1], scores[:, 1: 1 + negatives], margin, scale)
+    caption_side = circle_loss(scores[:, :1], scores[:, 1 + negatives:], margin, scale)
+    return (image_side + caption_side) / 2, caption_side, image_side
+
+
+def smoothed_cross_entropy(logits, labels, smoothing=0.0, reduction="mean"):
+    """Cross entropy with the target ``(1 - s) * onehot + s / C``.
+
+    Args:
+        logits: ``[N, C]``; labels: int64 ``[N]``.
+
+    Returns:
+        scalar mean, or ``[N]`` with ``reduction="none"``.
+    """
+    loss = F.cross_entropy(logits, labels, reduction="none").reshape([-1])
+    if smoothing:
+        uniform = -F.log_softmax(logits).mean(axis=-1)
+        loss = (1.0 - smoothing) * loss + smoothing * uniform
+    return loss.mean() if reduction == "mean" else loss
