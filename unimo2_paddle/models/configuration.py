@@ -149,6 +149,10 @@ class Unimo2Config:
                             f"for example {nearest} is")
         if self.model_type == "grounded" and self.topk_value > self.num_codebook:
             problems.append(f"topk_value: {self.topk_value} is larger than the codebook (num_codebook {self.num_codebook})")
+        if self.cmcl_share_parameters and self.with_cmcl_projection and not (
+                self.with_grounding_projection and self.model_type == "grounded"):
+            problems.append("cmcl_share_parameters: shares the grounding projections, so with_grounding_projection must be true "
+                            "and model_type grounded")
         if self.with_grounding_pos and self.topk_value + 2 > self.text_max_position_embeddings:
             problems.append(f"with_grounding_pos: {self.topk_value} grounded tokens need {self.topk_value + 2} text positions, "
                             f"text_max_position_embeddings is {self.text_max_position_embeddings}")

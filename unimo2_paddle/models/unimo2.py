@@ -65,7 +65,8 @@ def joint_visibility(image_states=None, grounded_visible=None, text_mask=None, l
     if text_mask is not None:
         parts["text"] = source_mask(text_mask)
         square = text_visibility(text_mask)
-        text_rows = parts["text"] if len(text_mask.shape) == 2 else square.max(axis=-1)
+        # the authors let padded caption rows see the image; elsewhere a padded row sees nothing
+        text_rows = paddle.ones_like(parts["text"]) if layout == "caption" else square.max(axis=-1)
     hidden = set()
     if layout == "caption":
         hidden = {("image", "text"), ("grounded", "text")}
@@ -122,9 +123,12 @@ class Unimo2Model(nn.Layer):
             self.text_pooler = Pooler("grounded.pooled_fc_text", hidden, std)
             if vision:
                 self.image_pooler = Pooler("grounded.pooled_fc_image", hidden, std)
-        if config.with_cmcl_projection and not config.cmcl_share_parameters:
-            self.contrastive_text = Pooler("grounded.cmcl_pooled_fc_text", hidden, std)
-            self.contrastive_image = Pooler("grounded.cmcl_pooled_fc_image", hidden, std)
+        if config.with_cmcl_projection and config.cmcl_share_parameters:
+            self.contrastive_text = self.dictionary.token_projection
+            self.contrastive_image = self.dictionary.patch_projection
+        elif config.with_cmcl_projection:
+            self.contrastive_text = linear("grounded.cmcl_pooled_fc_text", hidden, hidden, std)
+            self.contrastive_image = linear("grounded.cmcl_pooled_fc_image", hidden, hidden, std)
         if "matching" in heads and vision:
             self.matching = linear("grounded.img_text_matching_fc", hidden, 2, std)
         if "masked_lm" in heads:
@@ -270,11 +274,10 @@ class Unimo2Model(nn.Layer):
         config = self.config
         image = text = None
         if config.with_cmcl_projection:
-            share = config.cmcl_share_parameters
             if image_states is not None:
-                image = F.normalize((self.image_pooler if share else self.contrastive_image)(image_states), axis=-1)
+                image = F.normalize(F.relu(self.contrastive_image(image_states[:, 0])), axis=-1)
             if text_states is not None:
-                text = F.normalize((self.text_pooler if share else self.contrastive_text)(text_states), axis=-1)
+                text = F.normalize(F.relu(self.contrastive_text(text_states[:, 0])), axis=-1)
             return image, text
         if image_states is not None:
             image = F.normalize(image_states[:, 0], axis=-1) if normalise == "image" else image_states[:, 0]

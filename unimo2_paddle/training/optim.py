@@ -1,0 +1,56 @@
+"""The optimizer: AdamW with the authors' decay-by-name rule and global-norm clipping."""
+from dataclasses import dataclass, field
+from typing import List
+
+import paddle
+
+from unimo2_paddle.errors import ConfigError
+
+NO_DECAY_ENDINGS = ("_bias", "_b", ".b_0")
+TEMPERATURES = ("cmcl_temperature", "topk_temperature")
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule of a run; warm-up and drops may be given as a share of the run or in epochs."""
+
+    learning_rate: float = 1e-4
+    schedule: str = "linear_warmup_decay"
+    warmup_steps: int = -1          # -1: from warmup_ratio
+    warmup_ratio: float = 0.06
+    drop_at_epochs: List[int] = field(default_factory=list)
+    drop_factor: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-6
+    weight_decay: float = 0.01
+    decay_rule: str = "standard"
+    clip_norm: float = 1.0
+
+
+def decays(name, rule="standard"):
+    """Whether weight decay applies to the parameter called ``name``.
+
+    ``authors``: everything but names containing ``layer_norm`` or ending in ``_bias``, ``_b``, ``.b_0`` *after*
+    ``rstrip(".master")``, which strips characters, so ``vit.patch_embeddings_projection_bias`` is decayed, and so are the temperatures.
+    ``standard``: the rule as it was meant, and temperatures never decay.
+    """
+    if rule == "authors":
+        return "layer_norm" not in name and not name.rstrip(".master").endswith(NO_DECAY_ENDINGS)
+    return "layer_norm" not in name and not name.endswith(NO_DECAY_ENDINGS) and name not in TEMPERATURES
+
+
+def build_optimizer(parameters, config):
+    """AdamW over ``parameters``; the learning rate is set before every step with ``optimizer.set_lr``.
+
+    Paddle's Adam multiplies epsilon by sqrt(1 - beta2^t), as the authors' 2.x runs did. Decay is decoupled: p -= lr * wd * p.
+
+    Raises:
+        ConfigError: unknown decay rule.
+    """
+    if config.decay_rule not in ("standard", "authors"):
+        raise ConfigError(f"optim.decay_rule: {config.decay_rule!r} is not one of standard, authors")
+    clip = paddle.nn.ClipGradByGlobalNorm(config.clip_norm) if config.clip_norm > 0 else None
+    return paddle.optimizer.AdamW(
+        learning_rate=config.learning_rate, beta1=config.beta1, beta2=config.beta2, epsilon=config.epsilon, parameters=list(parameters),
+        weight_decay=config.weight_decay, apply_decay_param_fun=lambda name: decays(name, config.decay_rule), grad_clip=clip)
