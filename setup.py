@@ -1,0 +1,58 @@
+"""Installs `unimo2_paddle` and the console command `unimo2`; tested versions are pinned in requirements.txt."""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+INSTALL_REQUIRES = [
+    "matplotlib>=3.6",
+    "numpy>=1.23,<2",
+    "opencv-python>=4.6",
+    "pillow>=9.0",
+    "protobuf>=3.20.2,<7",  # 7 breaks visualdl's add_hparams
+    "pyyaml>=5.4",
+    "safetensors>=0.4",
+    "scikit-learn>=1.2",
+    "scipy>=1.9",
+    "tokenizers>=0.15",
+    "tqdm>=4.60",
+    "visualdl>=2.5.3",
+]
+EXTRAS_REQUIRE = {
+    # Paddle is an extra: both packages install the module `paddle`, and requiring one would put it beside the other.
+    "cpu": ["paddlepaddle>=2.6.2,<3.4"],
+    "gpu": ["paddlepaddle-gpu>=2.6.2,<3.4"],
+    # paddlenlp 2.8.1 does not declare the upper bounds it needs to be importable.
+    "pretrained": ["paddlenlp==2.8.1", "paddleclas==2.6.0", "huggingface-hub<1", "aistudio-sdk<0.3", "pyarrow<26"],
+    "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"],
+}
+
+
+def version():
+    """The version written in the package, read without importing it."""
+    text = (ROOT / "unimo2_paddle" / "__init__.py").read_text(encoding="utf-8")
+    return re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE).group(1)
+
+
+def long_description():
+    """The README, or nothing where a source archive lacks it."""
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="unimo2_paddle",
+    version=version(),
+    description="UNIMO-2 and UNIMO on PaddlePaddle: pre-train, finetune, evaluate, convert",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["unimo2_paddle", "unimo2_paddle.*"]),
+    package_data={"unimo2_paddle": ["**/*.yaml", "**/*.json"]},
+    python_requires=">=3.9,<3.12",  # numpy 1.24.4, which paddleclas demands, has no wheels for 3.12
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["unimo2=unimo2_paddle.cli:main"]},
+)

@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Makes or updates a virtual environment at the root of the repository and prints its path. Does nothing when the
+# environment already holds what the requirement files say, and redoes a set-up that was interrupted.
+#
+#   tools/setup_env.sh                  Paddle 3.3.1 in .venv
+#   tools/setup_env.sh --paddle 2.6.2   Paddle 2.6.2 in .venv-paddle-2.6.2
+#
+# PYTHON=/path/to/python in the environment chooses the Python, 3.9 to 3.11.
+set -euo pipefail
+
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+say() { printf '%s\n' "$*" >&2; }
+fail() { say "$1"; exit "${2:-1}"; }
+
+overrides=
+venv=$root/.venv
+case "$*" in
+    '' | '--paddle 3.3.1') ;;
+    '--paddle 2.6.2') overrides=$root/requirements-paddle-2.6.2.txt venv=$root/.venv-paddle-2.6.2 ;;
+    *) fail "setup_env.sh: cannot use '$*': give nothing, '--paddle 3.3.1' or '--paddle 2.6.2'" 2 ;;
+esac
+python=$venv/bin/python
+stamp=$venv/unimo2-installed
+
+suitable() { "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null; }
+version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null; }
+
+find_python() {
+    local candidate found=() candidates=(python3.11 python3 python3.10 python3.9)
+    [ -z "${PYTHON-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
+        if ! version_of "$candidate" >/dev/null; then
+            found+=("$candidate does not run")
+        elif ! suitable "$candidate"; then
+            found+=("$candidate is $(version_of "$candidate")")
+        elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
+            found+=("$candidate has no venv module (Debian, Ubuntu: apt-get install python3-venv)")
+        else
+            echo "$candidate"
+            return
+        fi
+    done
+    say "No usable Python: Python 3.9, 3.10 or 3.11 with its venv module is needed."
+    printf '  %s\n' "${found[@]}" >&2
+    fail "Install one, or name it: PYTHON=/path/to/python3.11 bash tools/demo.sh" 2
+}
+
+# The first line that names a package wins, so overrides come first.
+requirements() {
+    awk -F'==' 'NF > 1 && !seen[$1]++' ${overrides:+"$overrides"} "$root/requirements.txt" "$root/requirements-test.txt"
+}
+place() { echo "Python $(version_of "$python") in $venv"; }
+wanted() { place; requirements; cat "$root/setup.py" "$root/pyproject.toml"; }
+
+# Two commands started together must not install over each other; the lock ends with this process.
+exec 9<"$root"
+if command -v flock >/dev/null && ! flock -n 9; then
+    say "Waiting for another set-up in $root ..."
+    flock 9
+fi
+
+if version_of "$python" >/dev/null && ! suitable "$python"; then
+    fail "$venv holds Python $(version_of "$python"), but 3.9 to 3.11 is needed: move it away and run this again." 2
+fi
+if [ -n "${PYTHON-}" ] && [ "$(version_of "$PYTHON")" != "$(version_of "$python")" ]; then
+    remake=yes
+elif [ -f "$stamp" ] && wanted | cmp -s - "$stamp"; then
+    echo "$venv"
+    exit
+elif [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$(place)" ]; then
+    remake=yes  # the directory was moved or the system's Python replaced: paths in it are wrong
+elif ! "$python" -m pip --version >/dev/null 2>&1; then
+    remake=yes
+else
+    remake=
+fi
+
+if [ -n "$remake" ]; then
+    base=$(find_python)
+    say "Making $venv with Python $(version_of "$base")"
+    "$base" -m venv --clear "$venv" || fail "Cannot make $venv."
+fi
+
+rm -f "$stamp"
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
+list=$venv/requirements.txt
+requirements >"$list"
+pip_install() {
+    "$python" -m pip install --quiet "$@" \
+        || fail "The installation in $venv failed (see above). Run the command again to continue; what was downloaded is kept."
+}
+say "Installing $(grep -c == "$list") pinned packages (about 2 GB on disk; 1 to 10 minutes, depending on the network) ..."
+# setup.py-only packages are built with the pinned setuptools instead of whatever is newest on that day.
+grep -E '^(pip|setuptools)==' "$list" >"$venv/installer.txt"
+pip_install -r "$venv/installer.txt"
+pip_install --no-build-isolation -r "$list"
+
+# paddleclas declares opencv-python, whose wheel needs the system's libGL. Where it cannot be loaded, the headless wheel of
+# the same version has all we use; `pip check` then reports opencv-python as missing, which is harmless.
+if ! "$python" -c 'import cv2' 2>/dev/null; then
+    say "OpenCV cannot be loaded here (usually libGL is missing): taking its headless wheel instead."
+    "$python" -m pip uninstall --quiet --yes opencv-python
+    pip_install --no-deps --force-reinstall "$(sed -n 's/^opencv-python==\([^ ]*\).*/opencv-python-headless==\1/p' "$list")"
+    "$python" -c 'import cv2' || fail "The headless OpenCV cannot be loaded either (see above)."
+fi
+
+pip_install --no-deps --no-build-isolation --editable "$root"
+wanted >"$stamp.new"
+mv "$stamp.new" "$stamp"
+echo "$venv"
