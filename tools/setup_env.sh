@@ -90,9 +90,8 @@ pip_install() {
         || fail "The installation in $venv failed (see above). Run the command again to continue; what was downloaded is kept."
 }
 say "Installing $(grep -c == "$list") pinned packages (about 2 GB on disk; 1 to 10 minutes, depending on the network) ..."
-# setup.py-only packages are built with the pinned setuptools instead of whatever is newest on that day.
-grep -E '^(pip|setuptools)==' "$list" >"$venv/installer.txt"
-pip_install -r "$venv/installer.txt"
+# The few packages without wheels are built with the pinned tools instead of whatever is newest on that day.
+pip_install --constraint "$list" pip setuptools setuptools-scm
 pip_install --no-build-isolation -r "$list"
 
 # paddleclas declares opencv-python, whose wheel needs the system's libGL. Where it cannot be loaded, the headless wheel of
