@@ -39,8 +39,9 @@ def roberta(tmp_path_factory):
     from paddlenlp.transformers import RobertaConfig, RobertaForMaskedLM
 
     model = shake(RobertaForMaskedLM(RobertaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, intermediate_size=4 * HIDDEN,
-        max_position_embeddings=20, type_vocab_size=2, pad_token_id=1, cls_token_id=0, layer_norm_eps=1e-5)), 1)
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        intermediate_size=4 * HIDDEN, max_position_embeddings=20, type_vocab_size=2, pad_token_id=1, cls_token_id=0,
+        layer_norm_eps=1e-5)), 1)
     directory = str(tmp_path_factory.mktemp("roberta"))
     model.save_pretrained(directory)
     return model, directory
@@ -71,7 +72,7 @@ def states_of(vit_model, pixels_first):
 
 
 def shifted(images):
-    """The pictures [B, S, S, 3] as an unpadded ViT must get them to cut our patches: 7 pixels down and right, channels first."""
+    """Pictures [B, S, S, 3] as an unpadded ViT needs them to cut our patches: 7 pixels down and right, channels first."""
     canvas = np.zeros_like(images)
     canvas[:, 7:, 7:] = images[:, :-7, :-7]
     return canvas.transpose(0, 3, 1, 2)
@@ -97,7 +98,7 @@ def test_roberta_states_equal_ours_in_text_and_grounded_encoder(roberta, tmp_pat
     embedded = model.text.norm(model.text.words(ids) + model.text.positions(positions))
     visible = paddle.matmul(mask.unsqueeze(2), mask.unsqueeze(1))
     assert np.abs(model.grounded_encoder(embedded, visible).numpy() - expected)[real].max() < 1e-5
-    assert "2 of 2 layers for text" in summary and "grounded.pooled_fc_text.w_0" in summary
+    assert "text encoder (2 of 2 layers)" in summary and "grounded.pooled_fc_text.w_0" in summary
 
 
 def test_masked_word_head_equals_roberta_s(roberta, tmp_path):

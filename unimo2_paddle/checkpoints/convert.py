@@ -1,8 +1,8 @@
 """Checkpoints of three kinds, read without knowing which, converted into each other and described.
 
 ``released``: the authors' directory, one file per variable. ``safetensors``: our own directory, ``config.json`` and
-``model.safetensors``. ``pdparams``: Paddle's pickle, alone or as ``model_state.pdparams`` in a directory. In all three the arrays
-carry the authors' variable names, so converting changes no value, shape or type.
+``model.safetensors``. ``pdparams``: Paddle's pickle, alone or as ``model_state.pdparams`` in a directory. In all three the
+arrays carry the authors' variable names, so converting changes no value, shape or type.
 """
 import json
 import os
@@ -12,8 +12,7 @@ import numpy as np
 
 from unimo2_paddle.checkpoints.fitting import HEAD_SIZE, fit_config, is_unimo2_name
 from unimo2_paddle.checkpoints.pdparams import read_pdparams, write_pdparams
-from unimo2_paddle.checkpoints.released import (check_variable_name, new_directory, read_released, widen_bfloat16,
-                                                write_released)
+from unimo2_paddle.checkpoints.released import check_variable_name, new_directory, read_released, widen_bfloat16, write_released
 from unimo2_paddle.errors import CheckpointError
 from unimo2_paddle.models.configuration import Unimo2Config
 
@@ -63,7 +62,8 @@ def locate(path):
         for name, kind in ((SAFETENSORS, "safetensors"), (PDPARAMS, "pdparams")):
             if os.path.exists(os.path.join(path, name)):
                 return kind, os.path.join(path, name)
-        foreign = sorted(name for name in os.listdir(path) if name.endswith((".safetensors", ".pdparams", ".safetensors.index.json")))
+        suffixes = (".safetensors", ".pdparams", ".safetensors.index.json")
+        foreign = sorted(name for name in os.listdir(path) if name.endswith(suffixes))
         if foreign:
             raise CheckpointError(f"{path} has neither {SAFETENSORS} nor {PDPARAMS}; name the file wanted, for example "
                                   f"{os.path.join(path, foreign[0])}")
@@ -71,8 +71,8 @@ def locate(path):
     for suffix in ("safetensors", "pdparams"):
         if path.endswith("." + suffix):
             return suffix, path
-    raise CheckpointError(f"{path} is a file, but neither .safetensors nor .pdparams. The authors' checkpoints are directories: "
-                          "give the directory.")
+    raise CheckpointError(f"{path} is a file, but neither .safetensors nor .pdparams. The authors' checkpoints are "
+                          "directories: give the directory.")
 
 
 def convert(source, target, format="safetensors", config=None):
@@ -82,8 +82,8 @@ def convert(source, target, format="safetensors", config=None):
         source: any path ``read_checkpoint`` takes.
         target: directory to create; it must not exist.
         format: what to write, one of ``released``, ``safetensors``, ``pdparams``.
-        config: JSON file of the model's config, if the source has none with it; without either it is worked out from the shapes,
-            with attention heads of 64.
+        config: JSON file of the model's config, if the source has none with it; without either it is worked out from the
+            shapes, with attention heads of 64.
 
     Returns:
         str: a summary for the screen.
@@ -114,7 +114,7 @@ def convert(source, target, format="safetensors", config=None):
 
 
 def write_checkpoint(directory, arrays, config, format="safetensors"):
-    """Write ``model.safetensors`` or ``model_state.pdparams`` and, unless ``config`` is None, ``config.json``; all or nothing."""
+    """Write ``model.safetensors`` or ``model_state.pdparams``, and ``config.json`` unless ``config`` is None, at once."""
     for name in arrays:
         check_variable_name(name)  # so that every checkpoint can also become an authors' directory
     with new_directory(directory) as temporary:
@@ -144,9 +144,12 @@ def describe(path):
     lines += ["", f"{path}: {_TITLES[kind]}",
               f"{len(arrays)} variables, {sum(a.size for a in arrays.values()):,} parameters, {_readable(size)}", str(fit)]
     if fit.values:
-        heads = (f"{fit.values['num_attention_heads']}, if they are {HEAD_SIZE} wide as in the released models" if fit.knows_heads
-                 else f"cannot be told from the shapes (heads of {HEAD_SIZE} do not fill the width)")
-        lines += [f"attention heads: {config['num_attention_heads'] if config and 'num_attention_heads' in config else heads}",
+        heads = f"cannot be told from the shapes (heads of {HEAD_SIZE} do not fill the width)"
+        if config and "num_attention_heads" in config:
+            heads = f"{config['num_attention_heads']} (config.json)"
+        elif fit.knows_heads:
+            heads = f"{fit.values['num_attention_heads']}, if they are {HEAD_SIZE} wide as in the released models"
+        lines += [f"attention heads: {heads}",
                   f"present: {', '.join(fit.present) or 'none of the main parts'}",
                   f"absent: {', '.join(fit.absent) or 'none'}"]
         if fit.foreign:
@@ -158,12 +161,12 @@ def describe(path):
 def _config_verdict(config, fit):
     if config is None:
         return "none"
-    decided = ("hidden_size", "text_vocab_size", "text_max_position_embeddings", "num_codebook", "resolution", "position_grid",
-               "text_num_hidden_layers", "vit_num_hidden_layers", "num_hidden_layers", "model_type")
+    decided = ("hidden_size", "text_vocab_size", "text_max_position_embeddings", "num_codebook", "resolution",
+               "position_grid", "text_num_hidden_layers", "vit_num_hidden_layers", "num_hidden_layers", "model_type")
     wrong = [f"{key} is {config[key]}, the shapes say {fit.values[key]}" for key in decided
              if key in config and key in fit.values and config[key] != fit.values[key]]
-    # a subset of layers may leave out the last ones
-    wrong = [text for text in wrong if "_layers" not in text or not any(config.get(k) for k in ("text_enc_layers", "grounding_enc_layers"))]
+    if config.get("text_enc_layers") or config.get("grounding_enc_layers"):  # a subset may leave out the last layers
+        wrong = [text for text in wrong if "_layers" not in text]
     return "DISAGREES with the weights: " + "; ".join(wrong) if wrong else "there, agrees with the weights"
 
 
@@ -179,8 +182,8 @@ def config_by_shapes(arrays):
             reason = f"attention heads of {HEAD_SIZE} do not fill the width"
         return None, f"the config cannot be worked out from the shapes: {reason}"
     config = Unimo2Config.from_dict(fit.values, source="config worked out from the shapes")
-    return config, (f"config worked out from the shapes; attention heads of {HEAD_SIZE} and {config.topk_value} grounded tokens "
-                    "per input are assumed")
+    return config, (f"config worked out from the shapes; attention heads of {HEAD_SIZE} and {config.topk_value} grounded "
+                    "tokens per input are assumed")
 
 
 def _named_as_parameters(arrays, parameter_names, file):
@@ -219,7 +222,8 @@ def _read_safetensors(file):
 
 
 def _from_bits(part):
-    numpy_types = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "bool"}
+    numpy_types = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "U8": "u1",
+                   "BOOL": "bool"}
     array = np.frombuffer(part["data"], numpy_types[part["dtype"]]).reshape(part["shape"])
     return widen_bfloat16(array) if part["dtype"] == "BF16" else array
 

@@ -70,7 +70,8 @@ class Fit:
 
 def is_unimo2_name(name):
     """Whether a variable name is one the authors' UNIMO-2 programs use."""
-    return name.startswith(("vit.", "text.", "grounded.", "cls_out_")) or name in ("vq_emb", "cmcl_temperature", "topk_temperature")
+    return (name.startswith(("vit.", "text.", "grounded.", "cls_out_"))
+            or name in ("vq_emb", "cmcl_temperature", "topk_temperature"))
 
 
 def fit_config(shapes):

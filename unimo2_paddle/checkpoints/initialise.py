@@ -4,11 +4,11 @@ Decisions, each where the two worlds differ:
 
 - **Both language encoders.** RoBERTa's layers go to the text and to the grounded encoder, layer i to layer i; a config with a
   6 + 6 split (``text_enc_layers``, ``grounding_enc_layers``) therefore gets the lower and the upper half.
-- **Token types.** RoBERTa adds the embedding of token type 0 to every token; UNIMO-2 has no such table. It is added to every row
-  of the position table, not of the word table, which is also the output matrix of the masked-word head.
+- **Token types.** RoBERTa adds the embedding of token type 0 to every token; UNIMO-2 has no such table. It is added to every
+  row of the position table, not of the word table, which is also the output matrix of the masked-word head.
 - **Vocabulary.** The authors' vocab.txt numbers the pieces as English RoBERTa does (0 [CLS] is <s>, 1 [PAD], 2 [SEP] is </s>,
-  3 [UNK], then the same pieces in the same order, [MASK] last), so rows are taken in order. If the weights have a ``vocab.json``
-  beside them and the model's vocabulary is given, rows are matched by piece instead, which serves any other order.
+  3 [UNK], then the same pieces in the same order, [MASK] last), so rows are taken in order. If the weights have a
+  ``vocab.json`` beside them and the model's vocabulary is given, rows are matched by piece instead, whatever their order.
 - **Positions** start at 2 in both; weights made with another padding id (Chinese BERT vocabularies) are refused.
 - **Patch padding.** PaddleClas cuts patches without padding, the authors pad by 7 pixels and so shift the patches. The filters
   are taken as they are: they see the same picture 7 pixels further down and right, which pre-training absorbs. Epsilon is
@@ -73,14 +73,15 @@ def initialise(target, config, roberta=None, vit=None, seed=1, roberta_vocab=Non
         for name in ("text.word_embedding", "grounded.mask_lm_out_fc.b_0"):
             if rows is not None and name in new:
                 new[name] = _reordered(name, new[name], initial[name], rows, problems)
-        report.append(f"text and grounded encoders from {path} ({_layers_used(arrays, 'encoder.layers.', config.text_enc_layers)} "
-                      f"for text, {_layers_used(arrays, 'encoder.layers.', config.grounding_enc_layers)} for grounded); {how}")
+        text, grounded = (_layers_used(arrays, "encoder.layers.", layers)
+                          for layers in (config.text_enc_layers, config.grounding_enc_layers))
+        report.append(f"text encoder ({text}) and grounded encoder ({grounded}) from {path}; {how}")
     if visual is not None:
         path, arrays = visual
         new.update(_vit_parameters(path, arrays, config, problems))
-        report.append(f"visual encoder from {path} ({_layers_used(arrays, 'blocks.', range(config.vit_num_hidden_layers))}); filters as "
-                      f"they are, though patches here are shifted by {(config.resolution - 1) // 2} pixels; position grid "
-                      f"{config.position_grid}x{config.position_grid}")
+        used = _layers_used(arrays, "blocks.", range(config.vit_num_hidden_layers))
+        report.append(f"visual encoder ({used}) from {path}; filters as they are, though patches here are shifted by "
+                      f"{(config.resolution - 1) // 2} pixels; position grid {config.position_grid}x{config.position_grid}")
     new = {name: array for name, array in new.items() if name in initial}  # the config may leave a head out
     problems += [f"{name}: the config needs {list(initial[name].shape)}, the weights give {list(array.shape)}"
                  for name, array in sorted(new.items()) if array.shape != initial[name].shape]
@@ -126,7 +127,8 @@ def _layer_names(theirs, ours, linears, norms):
     for a, b in linears.items():
         names.update({f"{theirs}.{a}.weight": f"{ours}_{b}.w_0", f"{theirs}.{a}.bias": f"{ours}_{b}.b_0"})
     for a, b in norms.items():
-        names.update({f"{theirs}.{a}.weight": f"{ours}_{b}_layer_norm_scale", f"{theirs}.{a}.bias": f"{ours}_{b}_layer_norm_bias"})
+        names.update({f"{theirs}.{a}.weight": f"{ours}_{b}_layer_norm_scale",
+                      f"{theirs}.{a}.bias": f"{ours}_{b}_layer_norm_bias"})
     return names
 
 
@@ -160,25 +162,26 @@ def _roberta_parameters(path, arrays, config, problems):
              "embeddings.layer_norm.bias": "text.pre_encoder_layer_norm_bias"}
     if "lm_head.dense.weight" in arrays:
         bias = "lm_head.bias" if "lm_head.bias" in arrays else "lm_head.decoder.bias"
-        names.update({"lm_head.dense.weight": "grounded.mask_lm_trans_fc.w_0", "lm_head.dense.bias": "grounded.mask_lm_trans_fc.b_0",
+        names.update({"lm_head.dense.weight": "grounded.mask_lm_trans_fc.w_0",
+                      "lm_head.dense.bias": "grounded.mask_lm_trans_fc.b_0",
                       "lm_head.layer_norm.weight": "grounded.mask_lm_trans_layer_norm_scale",
                       "lm_head.layer_norm.bias": "grounded.mask_lm_trans_layer_norm_bias", bias: "grounded.mask_lm_out_fc.b_0"})
     new = _take(path, arrays, names, problems)
     for room, layers in (("text", config.text_enc_layers), ("grounded", config.grounding_enc_layers)):
         for layer in layers:
-            new.update(_take(path, arrays, _layer_names(f"encoder.layers.{layer}", f"{room}.encoder_layer_{layer}", _ROBERTA_LINEARS,
-                                                        _ROBERTA_NORMS), problems))
+            names = _layer_names(f"encoder.layers.{layer}", f"{room}.encoder_layer_{layer}", _ROBERTA_LINEARS, _ROBERTA_NORMS)
+            new.update(_take(path, arrays, names, problems))
     types, positions = arrays.get("embeddings.token_type_embeddings.weight"), new.get("text.pos_embedding")
     if types is not None and positions is not None:
         if types.ndim == positions.ndim == 2 and len(types) and types.shape[1] == positions.shape[1]:
             new["text.pos_embedding"] = positions + types[0]
         else:
-            problems.append(f"{path}: token types {list(types.shape)} and positions {list(positions.shape)} have different widths")
+            problems.append(f"{path}: token types {list(types.shape)} and positions {list(positions.shape)} do not match")
     return new
 
 
 def _row_order(path, roberta_vocab, vocab_file, encoder_json):
-    """For every row of the model's word table the row of RoBERTa's (-1: none), or None for the same order; and a sentence on it."""
+    """RoBERTa's row (-1: none) for every row of the model's word table, or None for the same order; and a sentence on it."""
     beside = os.path.join(os.path.dirname(path), "vocab.json")
     if roberta_vocab is None and os.path.exists(beside):
         roberta_vocab = beside
@@ -196,8 +199,8 @@ def _row_order(path, roberta_vocab, vocab_file, encoder_json):
     if not known or not all(isinstance(row, int) for row in rows):
         raise CheckpointError(f"{roberta_vocab} does not give the row numbers of the pieces in {vocab_file}")
     same = rows == list(range(len(rows)))
-    return np.array(rows), (f"word rows matched by piece ({'the same order' if same else 'another order'}; {len(rows) - known} of "
-                            f"{len(rows)} pieces are not in {roberta_vocab} and stay random)")
+    return np.array(rows), (f"word rows matched by piece ({'the same order' if same else 'another order'}; "
+                            f"{len(rows) - known} of {len(rows)} pieces are not in {roberta_vocab} and stay random)")
 
 
 def _reordered(name, array, initial, rows, problems):
@@ -219,8 +222,9 @@ def _vit_parameters(path, arrays, config, problems):
         "patch_embed.proj.bias": "vit.patch_embeddings_projection_bias",
         "cls_token": "vit.cls_token_embeddings", "pos_embed": "vit.position_embeddings",
         "norm.weight": "vit.post_encoder_layer_norm_scale", "norm.bias": "vit.post_encoder_layer_norm_bias"}, problems)
-    if "vit.position_embeddings" in new:
-        new["vit.position_embeddings"] = _resized_positions(path, new["vit.position_embeddings"], config.position_grid, problems)
+    positions = new.get("vit.position_embeddings")
+    if positions is not None:
+        new["vit.position_embeddings"] = _resized_positions(path, positions, config.position_grid, problems)
     for layer in range(config.vit_num_hidden_layers):
         theirs, ours = f"blocks.{layer}", f"vit.encoder_layer_{layer}"
         new.update(_take(path, arrays, _layer_names(theirs, ours, _VIT_LINEARS, _VIT_NORMS), problems))

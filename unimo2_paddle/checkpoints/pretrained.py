@@ -39,8 +39,8 @@ def from_pretrained(name_or_directory, config=None, allow_missing=()):
 
     Args:
         name_or_directory: our own directory, an authors' directory, or a ``.safetensors`` or ``.pdparams`` file.
-        config: ``Unimo2Config``, dict or JSON path; default: the checkpoint's ``config.json``, or else worked out from the shapes
-            (attention heads of 64 are assumed, and the log says so).
+        config: ``Unimo2Config``, dict or JSON path; default: the checkpoint's ``config.json``, or else worked out from the
+            shapes (attention heads of 64 are assumed, and the log says so).
         allow_missing: name patterns of parameters that may be missing or mis-shaped and keep their initial values.
 
     Returns:
