@@ -12,8 +12,9 @@ _BLOCK = 1 << 24  # scores compared at once: bounds the temporary arrays to a fe
 def retrieval_ranks(scores, text_image):
     """Rank (1 = best) of the right answer of every query, in both directions.
 
-    A tie counts against us: an answer is ranked behind every wrong one with the same score, so that a constant scorer gets the last
-    rank and not the first. Of several captions of an image the best-ranked one counts; its sister captions never push it down.
+    A tie counts against us: an answer is ranked behind every wrong one with the same score, so that a constant scorer gets the
+    last rank and not the first. Of several captions of an image the best-ranked one counts; its sister captions never push it
+    down.
 
     Args:
         scores: ``[T, I]``, higher = text t and image i fit better.
@@ -49,8 +50,8 @@ def retrieval_metrics(scores, text_image):
     Args and Raises: as :func:`retrieval_ranks`.
 
     Returns:
-        dict of floats: ``ir_r1 ir_r5 ir_r10 ir_median_rank ir_mean_rank`` (a text asks for its image, the paper's IR), the same with
-        ``tr_`` (an image asks for a text), and ``recall_mean``, the mean of the six recalls.
+        dict of floats: ``ir_r1 ir_r5 ir_r10 ir_median_rank ir_mean_rank`` (a text asks for its image, the paper's IR), the same
+        with ``tr_`` (an image asks for a text), and ``recall_mean``, the mean of the six recalls.
 
     Example:
         >>> retrieval_metrics([[0.9, 0.1], [0.8, 0.2]], [0, 1])["ir_r1"]
@@ -74,8 +75,8 @@ def chance_metrics(text_image, images):
         text_image: int ``[T]``, the image of every text; images: number of images.
 
     Returns:
-        dict of floats with the keys of :func:`retrieval_metrics`; the ``median_rank`` entries hold the mean rank too, which for one right
-        answer is also the median.
+        dict of floats with the keys of :func:`retrieval_metrics`; the ``median_rank`` entries hold the mean rank too, which for
+        one right answer is also the median.
     """
     texts = len(text_image)
     captions = np.bincount(np.asarray(text_image), minlength=images)
@@ -104,14 +105,15 @@ def _none_of(draws, right, total):
 
 def _check(scores, text_image):
     if scores.ndim != 2 or not scores.size:
-        raise DataError(f"retrieval scores: a matrix [texts, images] with at least one of each is needed, the shape is {list(scores.shape)}")
+        raise DataError("retrieval scores: a matrix [texts, images] with at least one of each is needed, "
+                        f"the shape is {list(scores.shape)}")
     texts, images = scores.shape
     if text_image.shape != (texts,) or text_image.dtype.kind not in "iu":
         raise DataError(f"retrieval scores: text_image must hold one whole number for each of the {texts} texts, "
                         f"it is {text_image.dtype} {list(text_image.shape)}")
-    if text_image.min() < 0 or text_image.max() >= images:
-        raise DataError(f"retrieval scores: text_image names image {int(text_image.min() if text_image.min() < 0 else text_image.max())}, "
-                        f"there are {images} images")
+    outside = text_image[(text_image < 0) | (text_image >= images)]
+    if outside.size:
+        raise DataError(f"retrieval scores: text_image names image {outside[0]}, there are {images} images")
     step = max(1, _BLOCK // images)
     for start in range(0, texts, step):
         wrong = np.isnan(scores[start: start + step])
