@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from unimo2_paddle.checkpoints.released import (
-    load_released, read_header, read_released, read_variable, save_released, write_released, write_variable)
+    load_released,
+    read_header,
+    read_released,
+    read_variable,
+    save_released,
+    write_released,
+    write_variable,
+)
 from unimo2_paddle.errors import CheckpointError
 from unimo2_paddle.models.configuration import Unimo2Config
 from unimo2_paddle.models.unimo2 import Unimo2Model
@@ -47,7 +54,10 @@ def varint(value):
 # ---- one variable ----
 
 
-@given(st.sampled_from(DTYPES).flatmap(lambda d: hnp.arrays(d, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=5))))
+SHAPES = hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=5)
+
+
+@given(st.sampled_from(DTYPES).flatmap(lambda dtype: hnp.arrays(dtype, SHAPES)))
 def test_any_array_comes_back_exactly(tmp_path_factory, array):
     file = str(tmp_path_factory.mktemp("v") / "x")
     write_variable(file, array)

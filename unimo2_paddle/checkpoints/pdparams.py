@@ -93,11 +93,16 @@ def _scalar(dtype, data):
     return array
 
 
-def _eval(expression, names):
+def _eval(expression, names=None, *_):
     """Paddle's way to store a static-graph tensor; any other expression is refused, nothing is evaluated."""
     if expression != "data" or not isinstance(names, dict) or set(names) != {"data"}:
         raise _Refused(f"a call of eval with {str(expression)[:80]!r}")
     return names["data"]
+
+
+def _bytes():
+    """The empty bytes object of pickle protocol 2."""
+    return b""
 
 
 def _encode(text, encoding):
@@ -128,7 +133,7 @@ _ALLOWED = {
     "_codecs.encode": _Function(_encode),
 }
 for _module in ("builtins", "__builtin__"):
-    _ALLOWED.update({f"{_module}.eval": _Function(_eval), f"{_module}.tuple": tuple})
+    _ALLOWED.update({f"{_module}.eval": _Function(_eval), f"{_module}.bytes": _Function(_bytes), f"{_module}.tuple": tuple})
 for _module in ("numpy.core", "numpy._core"):
     _ALLOWED.update({f"{_module}.multiarray._reconstruct": _Function(_reconstruct),
                      f"{_module}.multiarray.scalar": _Function(_scalar),
