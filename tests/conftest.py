@@ -3,11 +3,13 @@ import ipaddress
 import os
 import socket
 import zlib  # noqa: F401  before paddle: Paddle 2.6.2 exports zlib's symbols, and the first use would then crash
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "hypothesis"))
 
 # No deadline: the machine may be shared. No database: a run leaves nothing behind and equals the one before.
 settings.register_profile("unimo2", deadline=None, derandomize=True, database=None)
