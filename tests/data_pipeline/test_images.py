@@ -1,4 +1,8 @@
-"""Pictures: decoding against Pillow's pixels, the authors' preprocessing, bad files, augmentation."""
+"""Pictures: decoding against Pillow's pixels, the authors' preprocessing, bad files, augmentation.
+
+tests/data/preprocess holds pictures and, as ``*.expected.png``, what the authors' image reader (224 pixels, Pillow 8.2) made
+of them before normalisation.
+"""
 import io
 import struct
 import subprocess
