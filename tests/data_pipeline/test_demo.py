@@ -19,8 +19,8 @@ from unimo2_paddle.errors import UserInputError
 SHAPE_OF = {word: shape for shape, words in shapes.SHAPES.items() for word in words}
 SIZE_OF = {word: size for size, words in shapes.SIZES.items() for word in words}
 THING = re.compile("(?:(%s) )?(?:(%s) )?(%s)\\b" % ("|".join(SIZE_OF), "|".join(shapes.COLOURS), "|".join(SHAPE_OF)), re.I)
-RELATION = re.compile(r"(?P<side>left|right) of|(?P<way>above|below|over|under)(?! it\b)|to its (?P<its>left|right)|(?P<it>above|below) it",
-                      re.I)
+RELATION = re.compile(r"(?P<side>left|right) of|(?P<way>above|below|over|under)(?! it\b)"
+                      r"|to its (?P<its>left|right)|(?P<it>above|below) it", re.I)
 
 
 @pytest.fixture(scope="module")
@@ -194,9 +194,14 @@ def holds(subject, word, reference):
     return along >= 1.4 * (abs(down) if word in ("left", "right") else abs(across))
 
 
-def place_holds(thing, row, column):
-    wanted = {"top": thing.y < 45, "bottom": thing.y > 67, "left": thing.x < 45, "right": thing.x > 67, "": True}
-    return wanted[row or ""] and wanted[column or ""]
+def places_hold(scene, sentence):
+    """Whether "at the top left" and the like follow a thing that is there."""
+    for match in re.finditer(r"(?:at the|on the) (top|bottom)? ?(left|right)?\b", sentence):
+        thing = [find(scene, one) for one in things_named(sentence[:match.start()])][-1]
+        told = {"top": thing.y < 45, "bottom": thing.y > 67, "left": thing.x < 45, "right": thing.x > 67, None: True}
+        if not all(told[word] for word in match.groups()):
+            return False
+    return True
 
 
 def test_captions_name_everything_differ_and_are_true():
@@ -210,9 +215,7 @@ def test_captions_name_everything_differ_and_are_true():
             assert {(colour, shape) for _, colour, shape in named if colour} == scene.types
             relations = list(stated_relations(scene, sentence))
             assert all(holds(*relation) for relation in relations), (sentence, scene)
-            for match in re.finditer(r"(?:at the|on the) (top|bottom)? ?(left|right)?\b(?! side)", sentence):
-                thing = [find(scene, one) for one in things_named(sentence[:match.start()])][-1]
-                assert place_holds(thing, *match.groups()), sentence
+            assert places_hold(scene, sentence), (sentence, scene)
             captions, sized, related = captions + 1, sized + any(size for size, _, _ in named), related + bool(relations)
             assert sentence[0].isupper() and sentence.endswith(".") and "{" not in sentence
     assert sized / captions > 0.7 and related / captions > 0.7
@@ -226,6 +229,7 @@ def test_paragraphs_tell_true_facts_about_one_scene():
         assert len(sentences) == 4
         for sentence in sentences:
             assert all(holds(*relation) for relation in stated_relations(scene, sentence.strip())), text
+            assert places_hold(scene, sentence), text
             fact = re.fullmatch(r" ?(The .+) is (\w+)\.", sentence)
             if fact:
                 thing = find(scene, things_named(fact.group(1))[0])

@@ -50,8 +50,9 @@ def test_coco_pictures_stand_in_folders_and_keep_their_numbers(tmp_path, picture
     ({"filename": None}, r"images\[0\].filename"), ({"filename": "/etc/passwd"}, "inside the picture folder"),
     ({"filename": "a/../../b"}, "inside the picture folder"), ({"split": 3}, r"images\[0\].split"),
     ({"sentences": []}, r"images\[0\].sentences"), ({"sentences": [{"raw": "x"}, {"raw": "  "}]}, r"sentences\[1\].raw"),
-    ({"sentences": [{"tokens": []}]}, r"sentences\[0\].raw.*the key is missing"), ({"sentences": ["x"]}, r"sentences\[0\] is not"),
-    ({"filename": "gone.jpg"}, "1 of 1 pictures are missing.*gone.jpg"), ({"split": "dev"}, r"no image of split 'train'.*dev \(1\)"),
+    ({"sentences": [{"tokens": []}]}, r"sentences\[0\].raw.*the key is missing"),
+    ({"sentences": ["x"]}, r"sentences\[0\] is not"), ({"filename": "gone.jpg"}, "1 of 1 pictures are missing.*gone.jpg"),
+    ({"split": "dev"}, r"no image of split 'train'.*dev \(1\)"),
 ])
 def test_karpathy_errors_name_the_image_and_the_key(tmp_path, pictures, change, message):
     images = flickr()
@@ -93,7 +94,8 @@ def test_ids_files_are_read_and_grouped_by_picture(tmp_path, pictures):
 
 @pytest.mark.parametrize("line,message", [
     (b"0 5;0 0;2 3;1", "4 fields instead of 5"), (b"0 5;0;2 3;1;0", "2, 1 and 2 numbers"), (b";;;1;0", "0, 0 and 0 numbers"),
-    (b"0 -5;0 0;2 3;1;0", "token_ids has '-5'"), (b"0 5;0 0;2 3_0;1;0", "pos_ids has '3_0'"), (b"0 5;0 0;2 3; ;0", "image_id is empty"),
+    (b"0 -5;0 0;2 3;1;0", "token_ids has '-5'"), (b"0 5;0 0;2 3_0;1;0", "pos_ids has '3_0'"),
+    (b"0 5;0 0;2 3; ;0", "image_id is empty"),
     (b"0 " + b"9" * 5000 + b";0 0;2 3;1;0", "token_ids has '9999"), (b"0 \xff;0 0;2 3;1;0", "not UTF-8"),
 ])
 def test_ids_errors_name_file_and_line(tmp_path, line, message):

@@ -14,6 +14,7 @@ No combination of objects of a development or test picture occurs in training, n
 """
 import json
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from typing import List
@@ -21,8 +22,8 @@ from typing import List
 import cv2
 import numpy as np
 
-from unimo2_paddle.data.shapes import (COLOURS, GENERAL_STATEMENTS, PICTURE_SIZE, RELATIONS, SHAPES, SIZES, SPLITS, TYPES,
-                                       Scene, caption, combinations, covering_pairs, draw, paragraph, sample_scene, split_of)
+from unimo2_paddle.data import shapes
+from unimo2_paddle.data.shapes import Scene, caption, combinations, covering_pairs, draw, paragraph, sample_scene
 from unimo2_paddle.data.shards import ShardWriter
 from unimo2_paddle.data.tokenizer import train_vocabulary
 from unimo2_paddle.errors import DataError, UserInputError
@@ -30,7 +31,7 @@ from unimo2_paddle.errors import DataError, UserInputError
 GENERATOR_VERSION = 1  # raise it when the same (size, seed) would give other files
 CAPTIONS_PER_PICTURE = 5
 VOCABULARY_SIZE = 512
-SMALLEST_SIZE = len(TYPES) // 2  # two objects per picture must be able to show every (colour, shape)
+SMALLEST_SIZE = len(shapes.TYPES) // 2  # two objects per picture must be able to show every (colour, shape)
 
 _RECORDS_PER_SHARD = 1000
 _JPEG_QUALITY = 92
@@ -66,7 +67,7 @@ def write_demo_data(out, size=4000, seed=1):
         DataError: the files cannot be written.
     """
     if size < SMALLEST_SIZE:
-        raise UserInputError(f"--size {size}: at least {SMALLEST_SIZE} training pairs are needed to show every coloured shape once")
+        raise UserInputError(f"--size {size}: showing every coloured shape once takes at least {SMALLEST_SIZE} training pairs")
     if seed < 0:
         raise UserInputError(f"--seed {seed}: a seed is 0 or more")
     out = os.path.abspath(out)
@@ -119,7 +120,7 @@ def _start(temporary):
 
 def _write(root, wanted):
     size, seed = wanted["size"], wanted["seed"]
-    train_texts, scene_rows, retrieval = [], {split: [] for split in SPLITS}, []
+    train_texts, scene_rows, retrieval = [], {split: [] for split in shapes.SPLITS}, []
 
     first_types = covering_pairs()
     with ShardWriter(os.path.join(root, "pairs"), "pairs", _RECORDS_PER_SHARD) as writer:
@@ -187,7 +188,7 @@ def _paint(name, rng, split, types=None):
 
 def _tell(rng):
     """A line of the text corpus; every fifth also, and every tenth only, states how the world is in general."""
-    statements = [GENERAL_STATEMENTS[i] for i in rng.permutation(len(GENERAL_STATEMENTS))]
+    statements = [shapes.GENERAL_STATEMENTS[i] for i in rng.permutation(len(shapes.GENERAL_STATEMENTS))]
     kind, sentences = rng.random(), int(rng.integers(2, 5))
     if kind < 0.1:
         return " ".join(statements[:sentences])
@@ -207,7 +208,7 @@ def _write_retrieval(directory, pictures):
         with open(os.path.join(directory, "images", picture.name + ".jpg"), "wb") as file:
             file.write(picture.jpeg)
         first = number * CAPTIONS_PER_PICTURE
-        sentences = [{"raw": text, "tokens": text.lower().replace(",", "").rstrip(".").split(), "imgid": number, "sentid": first + i}
+        sentences = [{"raw": text, "tokens": re.findall(r"[\w-]+", text.lower()), "imgid": number, "sentid": first + i}
                      for i, text in enumerate(picture.captions)]
         images.append({"filename": picture.name + ".jpg", "imgid": number, "split": _KARPATHY_SPLIT[split],
                        "sentids": [sentence["sentid"] for sentence in sentences], "sentences": sentences})
@@ -222,16 +223,17 @@ def _describe(wanted, scene_rows, retrieval):
             "pictures": len(rows),
             "with_three_objects": sum(len(row["objects"]) == 3 for row in rows),
             "combinations": len(pairs),
-            "share_of_combinations": round(len(pairs) / (len(TYPES) * (len(TYPES) - 1) / 2), 4),
+            "share_of_combinations": round(len(pairs) / (len(shapes.TYPES) * (len(shapes.TYPES) - 1) / 2), 4),
             "retrieval_pictures": sum(name == split for name, _ in retrieval),
         }
     return {
-        "what": "Generated coloured-shape pictures, captions and texts of unimo2_paddle; combinations of objects in dev and test "
-                "do not occur in train",
-        **wanted, "picture_size": PICTURE_SIZE,
+        "what": "Generated coloured-shape pictures, captions and texts of unimo2_paddle; no combination of objects in dev or "
+                "test occurs in train",
+        **wanted, "picture_size": shapes.PICTURE_SIZE,
         "corpora": {"pairs": wanted["size"], "images": wanted["size"] // 2, "texts": wanted["size"]},
         "splits": splits,
-        "words": {"colours": list(COLOURS), "shapes": SHAPES, "sizes": SIZES, "relations": RELATIONS},
+        "words": {"colours": list(shapes.COLOURS), "shapes": shapes.SHAPES, "sizes": shapes.SIZES,
+                  "relations": shapes.RELATIONS},
     }
 
 
@@ -243,8 +245,8 @@ def _summary(out, about):
         f"{corpora['texts']} texts",
         f"  retrieval:    {splits['train']['retrieval_pictures']} train, {splits['dev']['pictures']} val and "
         f"{splits['test']['pictures']} test pictures",
-        f"  combinations of two objects: {splits['train']['combinations']} in train, {splits['dev']['combinations']} only in val, "
-        f"{splits['test']['combinations']} only in test",
+        f"  combinations of two objects: {splits['train']['combinations']} in train, {splits['dev']['combinations']} only in "
+        f"val, {splits['test']['combinations']} only in test",
     ])
 
 

@@ -146,7 +146,8 @@ class ShardSet:
     be forked and pickled: every process opens its own files, and only a bounded number of them.
 
     Args:
-        paths: tar paths or patterns (``*``, ``?``, ``{00000..00331}``, ``{a,b}``), one or a list. A shard named twice counts once.
+        paths: tar paths or patterns (``*``, ``?``, ``{00000..00331}``, ``{a,b}``), one or a list. A shard that is
+            named twice counts once.
         kind: "pairs" (picture and text), "images" (texts are ignored) or "texts" (pictures are ignored).
         cache_dir: directory for the indices, or None.
         bad_record: called as ``bad_record(shard, key, reason)`` for every record that is left out because a member is missing,
@@ -460,7 +461,7 @@ class _Table:
         return self.names[start:self.ends[row]].tobytes().decode("utf-8")
 
     def save(self, path):
-        temporary = f"{path}.{os.getpid()}.tmp"
+        temporary = f"{path}.{os.urandom(6).hex()}.tmp"  # workers of several machines may index the same shard at once
         bad = np.frombuffer(json.dumps(self.bad).encode("utf-8"), np.uint8)
         try:
             with open(temporary, "wb") as file:

@@ -1,6 +1,6 @@
 """The members of a tar file, found by reading its headers alone.
 
-Python's tarfile would do, at several times the cost per member: an index over thousands of shards reads tens of millions of headers.
+Python's tarfile would do at three times the cost per member, and CC3M alone has ten million members.
 """
 import os
 import re
