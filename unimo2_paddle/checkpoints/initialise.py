@@ -14,7 +14,7 @@ Decisions, each where the two worlds differ:
   are taken as they are: they see the same picture 7 pixels further down and right, which pre-training absorbs. Epsilon is
   1e-12 in the authors' ViT and 1e-6 in PaddleClas': outputs differ by about 1e-6.
 - **Position grid.** A table for another grid (384-pixel weights have 24 x 24) is resized bicubically, as the model itself does.
-- Poolers, matching head, codebook and temperatures have no counterpart and keep their random initial values.
+- Poolers, matching head, codebook, the grounded tokens' norm and temperatures have no counterpart: they keep initial values.
 """
 import os
 
@@ -91,7 +91,8 @@ def initialise(target, config, roberta=None, vit=None, seed=1, roberta_vocab=Non
     merged = {name: np.asarray(new.get(name, array), array.dtype) for name, array in initial.items()}
     write_checkpoint(target, merged, config.to_dict())
     rest = sorted(set(initial) - set(new))
-    report.append(f"{len(new)} of {len(initial)} parameters converted; random (seed {seed}): {', '.join(rest) or 'none'}")
+    report.append(f"{len(new)} of {len(initial)} parameters converted; at their initial values (seed {seed}): "
+                  f"{', '.join(rest) or 'none'}")
     return f"wrote {target}\n" + "\n".join(report)
 
 
