@@ -47,7 +47,7 @@ def read_checkpoint(path):
     if kind == "released":
         arrays = read_released(path)
     elif kind == "safetensors":
-        arrays = _read_safetensors(file)
+        arrays = read_safetensors(file)
     else:
         arrays = _named_as_parameters(*read_pdparams(file), file)
     config_file = os.path.join(os.path.dirname(file) if file else path, CONFIG)
@@ -119,7 +119,7 @@ def write_checkpoint(directory, arrays, config, format="safetensors"):
         check_variable_name(name)  # so that every checkpoint can also become an authors' directory
     with new_directory(directory) as temporary:
         if format == "safetensors":
-            _write_safetensors(os.path.join(temporary, SAFETENSORS), arrays)
+            write_safetensors(os.path.join(temporary, SAFETENSORS), arrays)
         else:
             write_pdparams(os.path.join(temporary, PDPARAMS), arrays)
         if config is not None:
@@ -199,7 +199,8 @@ def _named_as_parameters(arrays, parameter_names, file):
     return named
 
 
-def _read_safetensors(file):
+def read_safetensors(file):
+    """The arrays of a ``.safetensors`` file by name (bfloat16 widened to float32); CheckpointError names a damaged file."""
     import safetensors
     from safetensors.numpy import load_file
 
@@ -228,7 +229,8 @@ def _from_bits(part):
     return widen_bfloat16(array) if part["dtype"] == "BF16" else array
 
 
-def _write_safetensors(file, arrays):
+def write_safetensors(file, arrays):
+    """Write named arrays as a ``.safetensors`` file; the caller makes it appear at once (temporary directory, then rename)."""
     from safetensors.numpy import save_file
 
     # ascontiguousarray makes a scalar one-dimensional, so the shape is put back
