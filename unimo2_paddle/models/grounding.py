@@ -1,5 +1,6 @@
 """The grounded dictionary: a codebook whose entries (grounded tokens) image and text share (UNIMO-2, "grounded learning")."""
 from dataclasses import dataclass
+from typing import Optional
 
 import paddle
 import paddle.nn.functional as F
@@ -18,7 +19,7 @@ class Grounding:
     tokens: paddle.Tensor   # [B, K, H] chosen codes
     ids: paddle.Tensor      # int64 [B, K] their indices, best first
     visible: paddle.Tensor  # [B, K] 1 where the token may be attended (0 only for padding under "normal")
-    loss: paddle.Tensor     # scalar dictionary loss
+    loss: Optional[paddle.Tensor] = None  # scalar dictionary loss
 
 
 def _masked_mean_square(difference, valid):
@@ -86,12 +87,18 @@ class GroundedDictionary(nn.Layer):
         ids = paddle.topk(scores, self.topk, axis=-1)[1]
         return F.embedding(ids, self.codebook), ids
 
-    def forward(self, states, valid):
-        """Choose grounded tokens for ``states`` [B, N, H] with ``valid`` [B, N]; returns a :class:`Grounding`."""
-        return self._topk(states, valid) if self.method == "topk" else self._nearest(states, valid)
+    def forward(self, states, valid, with_loss=True):
+        """Choose grounded tokens for ``states`` [B, N, H] with ``valid`` [B, N].
 
-    def _topk(self, states, valid):
+        Returns:
+            :class:`Grounding`; without ``with_loss`` its loss is ``None`` (negative pairs, evaluation).
+        """
+        return self._topk(states, valid, with_loss) if self.method == "topk" else self._nearest(states, valid, with_loss)
+
+    def _topk(self, states, valid, with_loss):
         tokens, ids = self.choose(self.code_scores(states, valid))
+        if not with_loss:
+            return Grounding(tokens, ids, paddle.ones_like(tokens[:, :, 0]))
         relevance = self.relevance(states, tokens) * valid.unsqueeze(2)          # [B, N, K]
         by_state = relevance / (relevance.sum(axis=2, keepdim=True) + EPSILON)
         by_code = relevance / (relevance.sum(axis=1, keepdim=True) + EPSILON)
@@ -100,11 +107,13 @@ class GroundedDictionary(nn.Layer):
         state_loss = F.mse_loss(pulled_states, tokens.detach())
         return Grounding(tokens, ids, paddle.ones_like(tokens[:, :, 0]), CODEBOOK_WEIGHT * codebook_loss + STATE_WEIGHT * state_loss)
 
-    def _nearest(self, states, valid):
+    def _nearest(self, states, valid, with_loss):
         with paddle.no_grad():
             distance = self.codebook.square().sum(axis=1) - 2.0 * paddle.matmul(states, self.codebook, transpose_y=True)
             ids = distance.argmin(axis=-1)                                       # [B, N]
         tokens = F.embedding(ids, self.codebook)
+        if not with_loss:
+            return Grounding(tokens, ids, valid)
         codebook_loss = _masked_mean_square(tokens - states.detach(), valid)
         state_loss = _masked_mean_square(tokens.detach() - states, valid)
         return Grounding(tokens, ids, valid, CODEBOOK_WEIGHT * codebook_loss + STATE_WEIGHT * state_loss)

@@ -153,7 +153,7 @@ class Unimo2Model(nn.Layer):
         """Text states ``[B, L, H]`` of ``input_ids``, ``position_ids`` int64 ``[B, L]``, ``text_mask`` ``[B, L]`` or ``[B, L, L]``."""
         return self.text(input_ids, position_ids, text_mask)
 
-    def ground(self, image_states=None, text_states=None, text_mask=None, layout="pair"):
+    def ground(self, image_states=None, text_states=None, text_mask=None, layout="pair", with_loss=True):
         """Choose grounded tokens; with ``layout="caption"`` from the patches only. Returns a ``Grounding``."""
         valid = None
         if layout == "caption" and image_states is not None:
@@ -162,9 +162,10 @@ class Unimo2Model(nn.Layer):
             valid = source_mask(text_mask)
             if self.config.grounding_counts_padding:
                 valid = paddle.ones_like(valid)
-        return self.dictionary(*self.dictionary.inputs(image_states, text_states, valid))
+        return self.dictionary(*self.dictionary.inputs(image_states, text_states, valid), with_loss=with_loss)
 
-    def fuse(self, image_states=None, text_states=None, text_mask=None, layout="pair", grounding=None, token_mask=None, first_only=False):
+    def fuse(self, image_states=None, text_states=None, text_mask=None, layout="pair", grounding=None, token_mask=None, first_only=False,
+             with_grounding_loss=True):
         """Run the grounded encoder over [image ; grounded ; text].
 
         Args:
@@ -173,6 +174,7 @@ class Unimo2Model(nn.Layer):
             grounding: a ready ``Grounding`` (default: chosen here).
             token_mask: ``[B, K]``, 1 where a grounded token is hidden (zeroed before positions and norm).
             first_only: compute only the first image and first text position in the last layer (exact; enough for every pooled head).
+            with_grounding_loss: ``False`` saves the dictionary loss where nobody wants it.
 
         Returns:
             ``Unimo2Output``; with ``first_only`` the fused parts have one position and ``fused_grounded`` is ``None``.
@@ -181,7 +183,7 @@ class Unimo2Model(nn.Layer):
         if image_states is not None:
             parts.append(image_states)
         if self.grounded:
-            grounding = grounding or self.ground(image_states, text_states, text_mask, layout)
+            grounding = grounding or self.ground(image_states, text_states, text_mask, layout, with_grounding_loss)
             out.grounded_tokens, out.grounded_ids, out.grounding_loss = grounding.tokens, grounding.ids, grounding.loss
             tokens = grounding.tokens
             if token_mask is not None:

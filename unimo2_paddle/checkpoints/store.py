@@ -1,0 +1,146 @@
+"""Training state on disk: ``checkpoints/step-000500/`` directories that are complete or not there.
+
+A checkpoint is written into ``step-N.tmp``, every file fsynced, the manifest (sha256 of each file) last, then renamed. It holds
+``config.json`` and ``model.safetensors`` (so it is also a model directory for ``from_pretrained``), ``optimizer.safetensors`` and
+``state.json`` (step, data position, best metric).
+"""
+import hashlib
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+
+from unimo2_paddle.checkpoints.convert import read_json, read_safetensors, write_safetensors
+from unimo2_paddle.checkpoints.released import assign_parameters, match_parameters, parameter_arrays
+from unimo2_paddle.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+_STEP = re.compile(r"step-(\d+)")
+
+
+def _sha256(path):
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(path, values):
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def optimizer_arrays(optimizer):
+    """The optimizer's accumulators as ``{"<parameter>|<accumulator>": array}`` (Paddle's running number at the end is cut off)."""
+    arrays = {}
+    for key, value in optimizer.state_dict().items():
+        match = re.fullmatch(r"(.+)_(moment1|moment2|beta1_pow_acc|beta2_pow_acc)_\d+", key)
+        if match:
+            arrays[f"{match[1]}|{match[2]}"] = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+    return arrays
+
+
+def load_optimizer(optimizer, arrays):
+    """Put accumulators back into a fresh optimizer (before its first step)."""
+    import paddle
+
+    optimizer.set_state_dict({f"{key.replace('|', '_')}_0": paddle.to_tensor(array) for key, array in arrays.items()})
+
+
+def step_of(path):
+    """The step number in a checkpoint's name, or ``None``."""
+    match = _STEP.fullmatch(os.path.basename(os.path.normpath(path)))
+    return int(match[1]) if match else None
+
+
+def complete_checkpoints(directory):
+    """Paths of the complete checkpoints in a run's ``checkpoints`` directory, oldest first."""
+    if not os.path.isdir(directory):
+        return []
+    found = [os.path.join(directory, name) for name in os.listdir(directory) if _STEP.fullmatch(name)]
+    return sorted((p for p in found if os.path.isfile(os.path.join(p, MANIFEST))), key=step_of)
+
+
+def save_checkpoint(directory, step, model, optimizer, state, keep_last=3):
+    """Write the checkpoint of ``step`` and remove the oldest beyond ``keep_last``.
+
+    Args:
+        directory: the run's ``checkpoints`` directory; state: plain Python (step, data position, best metric).
+
+    Returns:
+        the checkpoint's path.
+
+    Raises:
+        CheckpointError: it could not be written (for example a full disk); earlier checkpoints are untouched.
+    """
+    target = os.path.join(directory, f"step-{step:06d}")
+    temporary = target + ".tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.makedirs(temporary)
+        write_safetensors(os.path.join(temporary, "model.safetensors"), parameter_arrays(model))
+        write_safetensors(os.path.join(temporary, "optimizer.safetensors"), optimizer_arrays(optimizer))
+        model.config.to_json(os.path.join(temporary, "config.json"))
+        _write_json(os.path.join(temporary, "state.json"), state)
+        manifest = {}
+        for name in sorted(os.listdir(temporary)):
+            path = os.path.join(temporary, name)
+            _sync(path)
+            manifest[name] = {"sha256": _sha256(path), "bytes": os.path.getsize(path)}
+        _write_json(os.path.join(temporary, MANIFEST), manifest)
+        _sync(os.path.join(temporary, MANIFEST))
+        _sync(temporary)
+        if os.path.isdir(target):
+            shutil.rmtree(target)
+        os.rename(temporary, target)
+        _sync(directory)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write the checkpoint {target}: {error.strerror or error}; earlier checkpoints are untouched") from error
+    for old in complete_checkpoints(directory)[:-keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def verify_checkpoint(path):
+    """Raise ``CheckpointError`` unless every file of the manifest is there with its size and hash."""
+    if not os.path.isfile(os.path.join(path, MANIFEST)):
+        raise CheckpointError(f"{path} is not a complete training checkpoint (no {MANIFEST}); give a directory such as "
+                              "output/<run>/checkpoints/step-000500")
+    for name, facts in read_json(os.path.join(path, MANIFEST)).items():
+        file = os.path.join(path, name)
+        if not os.path.isfile(file):
+            raise CheckpointError(f"{path}: {name} is missing; use another checkpoint")
+        if os.path.getsize(file) != facts["bytes"] or _sha256(file) != facts["sha256"]:
+            raise CheckpointError(f"{file} is damaged (size or sha256 differs from the manifest); use another checkpoint")
+
+
+def load_checkpoint(path, model, optimizer):
+    """Verify a checkpoint, then load weights and optimizer; returns its state mapping.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or of another model or optimizer; nothing has been changed then.
+    """
+    verify_checkpoint(path)
+    weights = read_safetensors(os.path.join(path, "model.safetensors"))
+    accumulators = read_safetensors(os.path.join(path, "optimizer.safetensors"))
+    state = read_json(os.path.join(path, "state.json"))
+    match_parameters(model, {name: (a.shape, a.dtype) for name, a in weights.items()}, path)
+    shapes = {p.name: tuple(p.shape) for p in model.parameters()}
+    foreign = [key for key in accumulators if key.split("|")[0] not in shapes]
+    if foreign:
+        raise CheckpointError(f"{path}: the optimizer state belongs to another model (for example {foreign[0]})")
+    assign_parameters(model, weights)
+    load_optimizer(optimizer, accumulators)
+    return state

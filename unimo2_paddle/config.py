@@ -1,0 +1,237 @@
+"""Run configurations: YAML plus ``key=value`` overrides, typed, locked, with every problem reported at once.
+
+A run config has a ``task`` and groups; each group is a dataclass beside the code that reads it (``Task.sections``). This module only
+loads, overrides, checks and explains; it never evaluates code.
+"""
+import dataclasses
+import difflib
+import os
+import types
+import typing
+
+import yaml
+
+from unimo2_paddle.errors import ConfigError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which a repeated key is an error instead of a silent replacement."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path):
+    """The mapping in a YAML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML, repeats a key, or is not a mapping.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = yaml.load(file, Loader=_Loader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration: {error.strerror}", str(path)) from None
+    except UnicodeDecodeError:
+        raise ConfigError("not a text file", str(path)) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", str(path)) from None
+    except ConfigError as error:
+        raise ConfigError(error.problems, str(path)) from None
+    if not isinstance(values, dict):
+        raise ConfigError("must be a mapping with 'task' and groups such as model, data, run", str(path))
+    return values
+
+
+def apply_overrides(values, overrides):
+    """Put ``["group.key=value", ...]`` into the nested mapping ``values`` (changed in place); values are read as YAML scalars."""
+    problems = []
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        keys = path.strip().split(".")
+        if not equals or not all(keys):
+            problems.append(f"override {text!r}: write key=value, for example -o train.steps=100")
+            continue
+        try:
+            parsed = yaml.safe_load(value) if value.strip() else ""
+        except yaml.YAMLError:
+            problems.append(f"override {text!r}: the value is not valid YAML; quote it")
+            continue
+        target = values
+        for key in keys[:-1]:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                problems.append(f"override {text!r}: {key} is not a group")
+                break
+        else:
+            target[keys[-1]] = parsed
+    if problems:
+        raise ConfigError(problems)
+    return values
+
+
+def _type_name(kind):
+    return getattr(kind, "__name__", str(kind).replace("typing.", ""))
+
+
+def _convert(value, kind, path, problems):
+    """``value`` as type ``kind``; what cannot be converted is added to ``problems`` and returned as it is."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return build(kind, {} if value is None else value, path, problems)
+    if kind is typing.Any:
+        return value
+    if origin is typing.Union or (origin is not None and origin is getattr(types, "UnionType", None)):
+        if value is None and type(None) in arguments:
+            return None
+        attempts = []
+        for option in (a for a in arguments if a is not type(None)):
+            trial = []
+            converted = _convert(value, option, path, trial)
+            if not trial:
+                return converted
+            attempts.append(_type_name(option))
+        problems.append(f"{path}: {value!r} is not {' or '.join(attempts)}")
+        return value
+    if origin is list:
+        if not isinstance(value, (list, tuple)):
+            problems.append(f"{path}: {value!r} is not a list")
+            return value
+        return [_convert(v, arguments[0], f"{path}[{i}]", problems) for i, v in enumerate(value)]
+    if origin is dict:
+        if not isinstance(value, dict):
+            problems.append(f"{path}: {value!r} is not a mapping")
+            return value
+        return {str(k): _convert(v, arguments[1], f"{path}.{k}", problems) for k, v in value.items()}
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 (without a dot) as text
+        except ValueError:
+            pass
+    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif kind in (str, bool) and isinstance(value, kind):
+        return value
+    elif kind is str and value is None:
+        return ""
+    problems.append(f"{path}: {value!r} is not {_type_name(kind)}")
+    return value
+
+
+def build(cls, values, path, problems):
+    """An instance of dataclass ``cls`` from a mapping; problems (unknown keys, wrong types, ``cls.problems()``) are appended.
+
+    A field whose metadata has ``collect`` receives all keys that are fields of that other dataclass, as a dict.
+    """
+    if not isinstance(values, dict):
+        problems.append(f"{path}: must be a group of keys, is {values!r}")
+        return cls()
+    hints = typing.get_type_hints(cls)
+    own = {f.name: f for f in dataclasses.fields(cls)}
+    collector = next((f for f in own.values() if "collect" in f.metadata), None)
+    collected_hints = typing.get_type_hints(collector.metadata["collect"]) if collector else {}
+    arguments, collected, before = {}, {}, len(problems)
+    for key, value in values.items():
+        place = f"{path}.{key}" if path else str(key)
+        if key in own and (collector is None or key != collector.name):
+            arguments[key] = _convert(value, hints[key], place, problems)
+        elif key in collected_hints:
+            collected[key] = _convert(value, collected_hints[key], place, problems)
+        else:
+            known = [n for n in own if collector is None or n != collector.name] + list(collected_hints)
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(sorted(known))}"
+            problems.append(f"{place}: unknown key{hint}")
+    if collector:
+        arguments[collector.name] = collected
+    missing = [n for n, f in own.items() if n not in arguments and f.default is dataclasses.MISSING
+               and f.default_factory is dataclasses.MISSING]
+    problems.extend(f"{path}.{name}: is required" for name in missing)
+    if len(problems) > before:
+        return None
+    instance = cls(**arguments)
+    if hasattr(instance, "problems"):
+        problems.extend(f"{path}.{text}" for text in instance.problems())
+    return instance
+
+
+class RunConfig:
+    """A checked run configuration: ``task`` (name), one attribute per group, and ``values``, the plain mapping it came from."""
+
+    def __init__(self, task, groups, values, source):
+        self.task, self.groups, self.values, self.source = task, groups, values, source
+        for name, group in groups.items():
+            setattr(self, name, group)
+
+    def resolved(self):
+        """All groups with every default filled in, as plain Python."""
+        return {"task": self.task, **{name: _plain(group) for name, group in self.groups.items()}}
+
+    def to_yaml(self):
+        """The resolved configuration as YAML; loading it again gives the same configuration."""
+        return yaml.safe_dump(self.resolved(), sort_keys=False, default_flow_style=None, width=120)
+
+
+def _plain(group):
+    """A group as a mapping with collected keys laid back beside the others."""
+    plain = {}
+    for field in dataclasses.fields(group):
+        value = getattr(group, field.name)
+        if "collect" in field.metadata:
+            plain.update(value)
+        elif dataclasses.is_dataclass(value):
+            plain[field.name] = _plain(value)
+        elif isinstance(value, list):
+            plain[field.name] = [_plain(v) if dataclasses.is_dataclass(v) else v for v in value]
+        else:
+            plain[field.name] = value
+    return plain
+
+
+def load_run_config(path, overrides=()):
+    """Read, override and check a run configuration.
+
+    Args:
+        path: YAML file; overrides: ``["group.key=value", ...]``.
+
+    Returns:
+        :class:`RunConfig`.
+
+    Raises:
+        ConfigError: with every problem found.
+    """
+    from unimo2_paddle.tasks import base
+
+    values = apply_overrides(read_yaml(path), overrides)
+    source = os.fspath(path)
+    task = values.get("task")
+    if task not in base.TASKS:
+        close = difflib.get_close_matches(str(task), list(base.TASKS), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"task: {task!r} is not a known task ({', '.join(base.TASKS)}){hint}", source)
+    sections = base.task_class(task).sections
+    problems = []
+    for key in values:
+        if key != "task" and key not in sections:
+            close = difflib.get_close_matches(str(key), sections, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known groups: {', '.join(sections)}"
+            problems.append(f"{key}: unknown group{hint}")
+    groups = {name: build(cls, values.get(name) or {}, name, problems) for name, cls in sections.items()}
+    if not problems:
+        problems.extend(base.task_class(task).check(types.SimpleNamespace(**groups)))
+    if problems:
+        raise ConfigError(problems, source)
+    return RunConfig(task, groups, values, source)
+
+
+def describe_config(path, overrides=()):
+    """The resolved configuration as YAML text, for ``unimo2 validate``."""
+    return load_run_config(path, overrides).to_yaml().rstrip()

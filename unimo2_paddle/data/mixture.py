@@ -1,0 +1,152 @@
+"""Which records every step reads: corpora drawn by counter-based generators, so that all workers agree and resuming is exact."""
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Dict, List, Tuple
+
+import numpy as np
+
+
+def generator(*key):
+    """A random generator that is a function of the integers in ``key`` alone (no hidden state, same on every worker)."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([int(k) for k in key])))
+
+
+CORPUS_DRAW, SOURCE_DRAW, RECORD_DRAW, STEP_DRAW = range(4)  # name spaces of the generators
+CORPORA = ("pairs", "images", "texts")
+
+
+@dataclass
+class Draw:
+    """One micro-batch of this worker."""
+
+    step: int
+    micro: int
+    corpus: str
+    slots: List[Tuple[int, int, int]]  # (slot in the global micro-batch, source, record index)
+    offset: int                        # first slot of this worker
+    size: int                          # samples of the whole global micro-batch
+
+    def record_generator(self, seed, slot):
+        """The generator for everything random about one sample (caption choice, masks, augmentation)."""
+        return generator(seed, RECORD_DRAW, self.step, self.micro, slot)
+
+
+class MixturePlan:
+    """The endless sequence of draws.
+
+    A step's corpus follows from (seed, step); a sample's source from (seed, step, slot); sources are read in their epoch order, each
+    record once per epoch. Nothing depends on the number of workers: a worker takes its slice of every global batch.
+
+    Args:
+        sources: corpus -> list of (weight, ``EpochOrder``); weights: corpus -> share of the steps.
+        global_batch: corpus -> samples per optimizer step over all workers and micro-batches.
+        seed, accumulate: seed and micro-batches per step; rank, world_size: this worker.
+        state: from :meth:`state_dict` of any world size.
+    """
+
+    def __init__(self, sources, weights, global_batch, seed, accumulate=1, rank=0, world_size=1, state=None):
+        self.sources, self.global_batch, self.seed = sources, global_batch, seed
+        self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
+        self.corpora = [c for c in CORPORA if weights.get(c, 0) > 0]
+        shares = np.array([weights[c] for c in self.corpora], dtype=np.float64)
+        self.thresholds = np.cumsum(shares / shares.sum())
+        state = state or {"step": 0, "read": {c: [0] * len(sources[c]) for c in self.corpora}}
+        self.step, self.read = int(state["step"]), {c: list(counts) for c, counts in state["read"].items()}
+
+    def state_dict(self):
+        """The position between two steps: the next step and how many records each source has given."""
+        return {"step": self.step, "read": {c: list(counts) for c, counts in self.read.items()}}
+
+    def corpus_of(self, step):
+        """The corpus of a step."""
+        draw = generator(self.seed, CORPUS_DRAW, step).random()
+        return self.corpora[min(int(np.searchsorted(self.thresholds, draw, side="right")), len(self.corpora) - 1)]
+
+    def next_step(self):
+        """The draws of the next optimizer step (one per micro-batch); moves the state on."""
+        corpus = self.corpus_of(self.step)
+        sources = self.sources[corpus]
+        size = self.global_batch[corpus] // self.accumulate
+        share = size // self.world_size
+        offset = self.rank * share
+        weights = np.array([weight for weight, _ in sources], dtype=np.float64)
+        draws = []
+        for micro in range(self.accumulate):
+            chosen = generator(self.seed, SOURCE_DRAW, self.step, micro).choice(len(sources), size=size, p=weights / weights.sum())
+            slots = []
+            for slot, source in enumerate(chosen):
+                position = self.read[corpus][source]
+                self.read[corpus][source] += 1
+                if offset <= slot < offset + share:
+                    order = sources[source][1]
+                    slots.append((slot, int(source), order.index(*divmod(position, len(order)))))
+            draws.append(Draw(self.step, micro, corpus, slots, offset, size))
+        self.step += 1
+        return draws
+
+
+class _BuiltBatches:
+    """Map-style view for ``paddle.io.DataLoader``: an "index" is a ``Draw``, an item the finished batch."""
+
+    def __init__(self, build):
+        self.build = build
+
+    def __getitem__(self, draw):
+        return self.build(draw)
+
+    def __len__(self):
+        return 1 << 40
+
+
+class Batches:
+    """Endless batches of a plan, built in worker processes when ``num_workers`` > 0, in order.
+
+    ``next(batches)`` gives one micro-batch; ``state_dict()`` is the position after the last whole step that was taken out, whatever
+    has been prefetched.
+    """
+
+    def __init__(self, plan, build, num_workers=0):
+        self.plan, self.build, self.num_workers = plan, build, num_workers
+        self._states, self._taken, self._state = deque(), 0, plan.state_dict()
+        self._iterator = iter(self._loader()) if num_workers else None
+        self._direct = self._draws()
+
+    def _draws(self):
+        while True:
+            draws = self.plan.next_step()
+            self._states.append(self.plan.state_dict())
+            yield from draws
+
+    def _loader(self):
+        from paddle.io import BatchSampler, DataLoader, Dataset
+
+        class Built(_BuiltBatches, Dataset):
+            pass
+
+        class Plan(BatchSampler):
+            def __init__(self, draws):
+                self.draws = draws
+
+            def __iter__(self):
+                for draw in self.draws:
+                    yield [draw]
+
+            def __len__(self):
+                return 1 << 40
+
+        return DataLoader(Built(self.build), batch_sampler=Plan(self._draws()), collate_fn=lambda items: items[0],
+                          num_workers=self.num_workers, use_shared_memory=True, return_list=True)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self._iterator) if self._iterator is not None else self.build(next(self._direct))
+        self._taken += 1
+        if self._taken == self.plan.accumulate:
+            self._taken, self._state = 0, self._states.popleft()
+        return batch
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Where a resumed run goes on."""
+        return self._state

@@ -1,0 +1,165 @@
+"""What a task is: a batch's meaning, its loss, its judges. The loop (training/loop.py) knows nothing else about it."""
+import importlib
+import os
+from dataclasses import dataclass, field
+from typing import Any, Dict, List
+
+import paddle
+
+from unimo2_paddle.errors import CheckpointError, ConfigError, VocabularyError
+from unimo2_paddle.models.configuration import Unimo2Config
+from unimo2_paddle.models.unimo2 import Unimo2Model
+from unimo2_paddle.training.optim import OptimConfig
+
+TASKS = {
+    "pretrain": "unimo2_paddle.tasks.pretrain:PretrainTask",
+    "retrieval": "unimo2_paddle.tasks.retrieval:RetrievalTask",
+}
+CONFIG_DIRECTORY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models", "configs")
+
+
+def task_class(name):
+    """The class of a task by its name in run configs."""
+    module, _, attribute = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@dataclass
+class ModelSection:
+    """Group ``model``: a named or JSON model config, single keys over it, and where the weights come from.
+
+    ``config``: name of a bundled config (unimo2_base, unimo2_large, unimo2_demo) or a JSON file; may be empty when ``init`` is a
+    directory with its own config.json. ``init``: directory of weights (own or the authors'); empty = from scratch.
+    ``allow_missing``: name patterns of parameters that ``init`` may lack.
+    """
+
+    config: str = ""
+    init: str = ""
+    allow_missing: List[str] = field(default_factory=list)
+    overrides: Dict[str, Any] = field(default_factory=dict, metadata={"collect": Unimo2Config})
+
+    def problems(self):
+        return [] if self.config or self.init else ["config: give a model config or an init directory"]
+
+    def model_config(self):
+        """The ``Unimo2Config`` described here.
+
+        Raises:
+            ConfigError: unknown name, unreadable file, or values that do not fit together.
+        """
+        path = self.config or os.path.join(self.init, "config.json")
+        if self.config and not self.config.endswith(".json"):
+            path = os.path.join(CONFIG_DIRECTORY, f"{self.config}.json")
+            if not os.path.isfile(path):
+                known = sorted(n[:-5] for n in os.listdir(CONFIG_DIRECTORY) if n.endswith(".json"))
+                raise ConfigError(f"model.config: no bundled config {self.config!r}; known: {', '.join(known)}, or a path ending in .json")
+        return Unimo2Config.from_json(path, **self.overrides)
+
+
+def build_unimo2(section, seed, config, vision=True, heads=None):
+    """A ``Unimo2Model`` with initial weights drawn from ``seed``, then those of ``section.init`` when it is given.
+
+    Raises:
+        CheckpointError: ``init`` is missing, damaged, or lacks parameters that ``section.allow_missing`` does not excuse.
+    """
+    from unimo2_paddle.checkpoints.convert import read_checkpoint
+    from unimo2_paddle.checkpoints.released import assign_parameters, match_parameters
+
+    arrays = None
+    if section.init:
+        if not os.path.exists(section.init):
+            raise CheckpointError(f"model.init: {section.init} does not exist; give a checkpoint directory, or leave it empty to start "
+                                  "from scratch")
+        arrays = read_checkpoint(section.init).arrays
+    paddle.seed(seed)
+    with paddle.utils.unique_name.guard():
+        model = Unimo2Model(config, vision=vision, heads=heads)
+    if arrays is not None:
+        shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+        report = match_parameters(model, shapes, section.init, section.allow_missing)
+        assign_parameters(model, {name: arrays[name] for name in report.loaded})
+    return model
+
+
+def check_vocabulary(tokenizer, config, directory):
+    """Raise ``VocabularyError`` when the tokenizer and the model disagree on the vocabulary size."""
+    if tokenizer.vocab_size != config.text_vocab_size:
+        raise VocabularyError(f"{directory}: the vocabulary has {tokenizer.vocab_size} entries, the model's text_vocab_size is "
+                              f"{config.text_vocab_size}; use the vocabulary the model was made with, or set model.text_vocab_size")
+
+
+def normalise_tensor(image):
+    """uint8 ``[B, S, S, 3]`` as the model's float32 input in [-1, 1], on the tensor's device."""
+    return image.astype("float32") * (2.0 / 255.0) - 1.0
+
+
+@dataclass
+class RunSection:
+    """Group ``run``: where the output goes, how often things happen. Steps are optimizer steps."""
+
+    output: str
+    seed: int = 1
+    recompute: bool = False
+    log_every: int = 10
+    save_every: int = 0             # 0: only at the end
+    keep_last: int = 3
+    evaluate_at_end: bool = True
+    progress: bool = True
+
+    def problems(self):
+        return [f"{key}: must be at least {low}, is {getattr(self, key)}"
+                for key, low in (("log_every", 1), ("save_every", 0), ("keep_last", 1), ("seed", 0)) if getattr(self, key) < low]
+
+
+@dataclass
+class Shard:
+    """Which part of every global batch this process computes."""
+
+    rank: int = 0
+    world_size: int = 1
+
+
+class Task:
+    """One learning problem.
+
+    Subclasses set ``sections`` (group name -> dataclass), ``selection`` (the metric that chooses the best checkpoint; higher is
+    better unless it starts with "-") and implement the methods below.
+    """
+
+    sections = {"model": ModelSection, "optim": OptimConfig, "run": RunSection}
+    selection = ""
+
+    def __init__(self, config):
+        self.config = config
+
+    @classmethod
+    def check(cls, config):
+        """Problems between groups, as a list of texts."""
+        return []
+
+    def build_model(self):
+        """The model with its initial weights."""
+        raise NotImplementedError
+
+    def total_steps(self):
+        """Optimizer steps of the whole run."""
+        raise NotImplementedError
+
+    def steps_per_epoch(self):
+        """Optimizer steps of one pass over the data (for schedules given in epochs)."""
+        return self.total_steps()
+
+    def train_batches(self, shard, state=None):
+        """Endless ``Batches`` of this shard (``next()``, ``state_dict()``), continued from ``state``."""
+        raise NotImplementedError
+
+    def loss(self, model, batch):
+        """Named loss terms as scalars; ``"loss"`` is their weighted sum."""
+        raise NotImplementedError
+
+    def evaluators(self):
+        """Objects with ``name``, ``every_steps`` and ``run(model) -> dict[str, float]``."""
+        return []
+
+    def illustrate(self, model, writer, step):
+        """Optional pictures and texts for the board (called after evaluations)."""

@@ -1,0 +1,43 @@
+"""Several workers through fleet: gloo on CPU, NCCL on GPU, the same code path."""
+import os
+
+import paddle
+import paddle.distributed as dist
+
+from unimo2_paddle.tasks.base import Shard
+
+
+def start():
+    """Join the workers of the launch, if there are several; returns this process's ``Shard``."""
+    if int(os.environ.get("PADDLE_TRAINERS_NUM", "1")) > 1:
+        from paddle.distributed import fleet
+
+        if not dist.is_initialized():
+            strategy = fleet.DistributedStrategy()
+            # every step trains one corpus, so some parameters have no gradient in it
+            strategy.find_unused_parameters = True
+            fleet.init(is_collective=True, strategy=strategy)
+        return Shard(dist.get_rank(), dist.get_world_size())
+    return Shard()
+
+
+def wrap(layer, shard):
+    """The layer with averaged gradients over all workers."""
+    if shard.world_size == 1:
+        return layer
+    return paddle.DataParallel(layer, find_unused_parameters=True)
+
+
+def barrier(shard):
+    """Wait for all workers."""
+    if shard.world_size > 1:
+        dist.barrier()
+
+
+def average(values, shard):
+    """Mean over the workers of a ``{name: float}`` mapping with the same names everywhere."""
+    if shard.world_size == 1 or not values:
+        return values
+    tensor = paddle.to_tensor([values[name] for name in sorted(values)], dtype="float64")
+    dist.all_reduce(tensor)
+    return dict(zip(sorted(values), (tensor / shard.world_size).tolist()))

@@ -1,0 +1,99 @@
+"""What a run tells: a progress bar, ``train.log``, ``metrics.jsonl`` and the VisualDL board."""
+import json
+import logging
+import os
+import sys
+import time
+from collections import defaultdict
+
+logger = logging.getLogger("unimo2_paddle")
+
+
+class RunLog:
+    """All the outputs of the first worker; the others are silent.
+
+    Args:
+        directory: the run's output directory; enabled: first worker; total_steps, steps_per_epoch: for the bar and the line;
+        first_step: step the run (re)starts at; progress: draw a bar.
+    """
+
+    def __init__(self, directory, enabled, total_steps, steps_per_epoch, first_step=0, progress=True):
+        self.enabled, self.directory = enabled, directory
+        self.total_steps, self.steps_per_epoch = total_steps, max(1, steps_per_epoch)
+        self._sums, self._counts = defaultdict(float), defaultdict(int)
+        self._costs, self._samples, self._steps = [0.0, 0.0], 0, 0
+        self.bar = self.board = self._metrics = self._file = None
+        if not enabled:
+            return
+        os.makedirs(directory, exist_ok=True)
+        self._file = open(os.path.join(directory, "train.log"), "a", encoding="utf-8")
+        self._metrics = open(os.path.join(directory, "metrics.jsonl"), "a", encoding="utf-8")
+        from visualdl import LogWriter
+
+        self.board = LogWriter(os.path.join(directory, "vdl"))
+        if progress:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr,
+                            mininterval=1.0 if sys.stderr.isatty() else 30.0)
+
+    def write(self, text):
+        """A line for people: into ``train.log`` and on the screen."""
+        if not self.enabled:
+            return
+        self._file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + text + "\n")
+        self._file.flush()
+        if self.bar is not None:
+            self.bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def step(self, terms, samples, reader_cost, batch_cost):
+        """Take one optimizer step's loss terms (floats) and costs (seconds)."""
+        for name, value in terms.items():
+            self._sums[name] += value
+            self._counts[name] += 1
+        self._costs[0] += reader_cost
+        self._costs[1] += batch_cost
+        self._samples += samples
+        self._steps += 1
+        if self.bar is not None:
+            self.bar.update()
+            self.bar.set_postfix(loss=f"{terms['loss']:.3f}", refresh=False)
+
+    def flush(self, step, lr):
+        """Write the averages since the last flush as one line, one JSON record and board scalars."""
+        means = {name: self._sums[name] / self._counts[name] for name in sorted(self._sums)}
+        seconds, steps = max(self._costs[1], 1e-9), max(1, self._steps)
+        ips = self._samples / seconds
+        if self.enabled and means:
+            left = int((self.total_steps - step) * seconds / steps)
+            parts = ", ".join(f"{name}: {value:.4f}" for name, value in means.items())
+            line = (f"epoch {step // self.steps_per_epoch}, step {step}/{self.total_steps}, {parts}, lr: {lr:.3e}, batch_cost: {seconds / steps:.4f} s, "
+                    f"reader_cost: {self._costs[0] / steps:.4f} s, ips: {ips:.2f} samples/s, eta: {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+            self.write(line) if self.bar is None else self._quiet(line)
+            self.metrics(step, {**means, "lr": lr, "batch_cost": seconds / steps, "reader_cost": self._costs[0] / steps, "ips": ips}, "train")
+        self._sums.clear()
+        self._counts.clear()
+        self._costs, self._samples, self._steps = [0.0, 0.0], 0, 0
+
+    def _quiet(self, line):
+        """With a bar on the screen the line goes to the file, and the bar shows its losses."""
+        self._file.write(time.strftime("%Y-%m-%d %H:%M:%S ") + line + "\n")
+        self._file.flush()
+
+    def metrics(self, step, values, kind):
+        """Numbers of one kind ("train", or an evaluator's name) at a step: one JSON record and board scalars."""
+        if not self.enabled:
+            return
+        self._metrics.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            self.board.add_scalar(tag=f"{kind}/{name}", step=step, value=value)
+
+    def close(self):
+        """Close bar, files and board."""
+        if self.enabled:
+            for part in (self.bar, self.board, self._metrics, self._file):
+                if part is not None:
+                    part.close()
