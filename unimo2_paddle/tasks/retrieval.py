@@ -1,0 +1,303 @@
+"""Image-text retrieval: which picture does a sentence describe, which sentence describes a picture (UNIMO-2, Table 1)."""
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import List
+
+import numpy as np
+
+from unimo2_paddle.data.collate import FIRST_POSITION, PAD_POSITION, pad, with_special_tokens
+from unimo2_paddle.data.formats.ids import read_ids_dataset
+from unimo2_paddle.data.formats.karpathy import read_karpathy
+from unimo2_paddle.data.images import decode_image, resize_image
+from unimo2_paddle.data.tokenizer import Tokenizer
+from unimo2_paddle.errors import DataError, UserInputError
+from unimo2_paddle.metrics.retrieval import chance_metrics, retrieval_metrics
+from unimo2_paddle.tasks.base import ModelSection, RunSection, Task, build_unimo2, check_vocabulary
+from unimo2_paddle.tasks.retrieval_report import write_retrieval_report
+from unimo2_paddle.tasks.retrieval_scoring import encode_images, encode_texts, evaluation_mode, score_matrix
+
+PIXEL_CACHE = 1 << 30  # bytes of decoded pictures kept between evaluations
+
+
+@dataclass
+class RetrievalData:
+    """Group ``data``: captions and pictures.
+
+    ``annotations`` is a Karpathy JSON file, or for ``format: ids`` an authors' ``.ids`` file or the folder of
+    ``<split>.all.ids`` or ``<split>.ids``. ``vocab`` is the folder of the three vocabulary files. ``image_suffix`` completes
+    picture names of ``.ids`` files. ``exif``: turn pictures as their EXIF orientation says (the authors ignore it).
+    """
+
+    annotations: str
+    images: str
+    vocab: str
+    format: str = "karpathy"
+    max_text_len: int = 128
+    image_suffix: str = ".jpg"
+    exif: bool = True
+
+    def problems(self):
+        found = [f"{key}: is empty; give a path" for key in ("annotations", "images", "vocab") if not getattr(self, key)]
+        if self.format not in ("karpathy", "ids"):
+            found.append(f"format: {self.format!r} is not one of karpathy, ids")
+        if self.max_text_len < 3:
+            found.append(f"max_text_len: must be at least 3 ([CLS], a token, [SEP]), is {self.max_text_len}")
+        return found
+
+
+@dataclass
+class RetrievalEval:
+    """Group ``eval``: which split, how much of it (0 = all; the first ones in file order), and how large the batches are.
+
+    ``every_steps``: how often during training; 0 = only at the end.
+    """
+
+    split: str = "test"
+    max_images: int = 0
+    captions_per_image: int = 0
+    image_batch: int = 32
+    pair_batch: int = 128
+    every_steps: int = 0
+
+    def problems(self):
+        found = [] if self.split else ["split: is empty; for example val or test"]
+        lowest = {"max_images": 0, "captions_per_image": 0, "image_batch": 1, "pair_batch": 1, "every_steps": 0}
+        return found + [f"{key}: must be at least {low}, is {getattr(self, key)}"
+                        for key, low in lowest.items() if getattr(self, key) < low]
+
+
+class RetrievalDataset:
+    """The pictures of one split with their tokenised captions.
+
+    Attributes:
+        image_ids, image_paths: names and files of the I pictures.
+        captions: text of the T captions; tokens, positions: their ids with [CLS] and [SEP]; text_image: int64 ``[T]``, the
+            picture of every caption.
+        pad_id: id that fills up short captions.
+    """
+
+    def __init__(self, pad_id, exif=True):
+        self.pad_id, self.exif = pad_id, exif
+        self.image_ids, self.image_paths = [], []
+        self.captions, self.tokens, self.positions = [], [], []
+        self.text_image = np.zeros(0, dtype="int64")
+        self._cache, self._cached_size, self._cached_bytes = {}, None, 0
+
+    @classmethod
+    def read(cls, data, tokenizer, split, max_images=0, captions_per_image=0):
+        """The data set that a :class:`RetrievalData` group describes.
+
+        Raises:
+            DataError: files are missing or malformed.
+        """
+        reader = cls.from_karpathy if data.format == "karpathy" else cls.from_ids
+        place = data.annotations if data.format == "karpathy" else ids_file(data.annotations, split)
+        extra = {"split": split} if data.format == "karpathy" else {"suffix": data.image_suffix}
+        return reader(place, data.images, tokenizer, max_text_len=data.max_text_len, max_images=max_images,
+                      captions_per_image=captions_per_image, exif=data.exif, **extra)
+
+    @classmethod
+    def from_karpathy(cls, annotations, images_dir, tokenizer, split="test", max_text_len=128, max_images=0,
+                      captions_per_image=0, exif=True):
+        """One split of a Karpathy JSON file; captions longer than ``max_text_len`` ids lose their end but keep [SEP]."""
+        dataset = cls(tokenizer.pad_id, exif)
+        for image in _first(read_karpathy(annotations, images_dir, split), max_images):
+            captions = _first(image.captions, captions_per_image)
+            tokens = [with_special_tokens(ids, tokenizer, max_text_len) for ids in tokenizer.encode_batch(captions)]
+            positions = [list(range(FIRST_POSITION, FIRST_POSITION + len(ids))) for ids in tokens]
+            dataset._add(image, captions, tokens, positions)
+        return dataset
+
+    @classmethod
+    def from_ids(cls, path, images_dir, tokenizer, suffix=".jpg", max_text_len=128, max_images=0, captions_per_image=0,
+                 exif=True):
+        """The authors' ``.ids`` file, whose token and position ids are taken as they are (and cut as above)."""
+        dataset = cls(tokenizer.pad_id, exif)
+        for image in _first(read_ids_dataset(path, images_dir, suffix), max_images):
+            captions = _first(image.captions, captions_per_image)
+            largest = max(max(caption.token_ids) for caption in captions)
+            if largest >= tokenizer.vocab_size:
+                raise DataError(f"{path}: image {image.image_id} has token id {largest}, the vocabulary has "
+                                f"{tokenizer.vocab_size} entries; data.vocab must be the vocabulary these ids were made with")
+            texts = [tokenizer.decode(caption.token_ids).strip() for caption in captions]
+            tokens = [c.token_ids if len(c.token_ids) <= max_text_len else c.token_ids[:max_text_len - 1] + c.token_ids[-1:]
+                      for c in captions]
+            dataset._add(image, texts, tokens, [c.position_ids[:max_text_len] for c in captions])
+        return dataset
+
+    def _add(self, image, captions, tokens, positions):
+        self.text_image = np.append(self.text_image, [len(self.image_ids)] * len(captions)).astype("int64")
+        self.image_ids.append(image.image_id)
+        self.image_paths.append(image.path)
+        self.captions.extend(captions)
+        self.tokens.extend(tokens)
+        self.positions.extend(positions)
+
+    def __len__(self):
+        return len(self.image_ids)
+
+    def pictures(self, first, last, size):
+        """Pictures ``first`` to ``last - 1`` at ``size`` pixels: uint8 ``[N, S, S, 3]``.
+
+        Decoded pictures stay in memory up to ``PIXEL_CACHE`` bytes, so that repeated evaluations decode them once.
+
+        Raises:
+            ImageError: a picture cannot be decoded; the message names its file.
+        """
+        if size != self._cached_size:
+            self._cache, self._cached_size, self._cached_bytes = {}, size, 0
+        pictures = []
+        for number in range(first, min(last, len(self))):
+            picture = self._cache.get(number)
+            if picture is None:
+                picture = resize_image(decode_image(self.image_paths[number], exif=self.exif), size)
+                if self._cached_bytes + picture.nbytes <= PIXEL_CACHE:
+                    self._cache[number] = picture
+                    self._cached_bytes += picture.nbytes
+            pictures.append(picture)
+        return np.stack(pictures)
+
+    def text_batch(self, rows):
+        """Captions ``rows`` padded to the longest: input ids and positions int64 ``[N, L]``, mask float32 ``[N, L]``."""
+        tokens = [self.tokens[row] for row in rows]
+        return (pad(tokens, self.pad_id), pad([self.positions[row] for row in rows], PAD_POSITION),
+                pad([[1.0] * len(ids) for ids in tokens], 0.0, np.float32))
+
+
+def _first(items, count):
+    return items[:count] if count else items
+
+
+def ids_file(annotations, split):
+    """The ``.ids`` file of a split: ``annotations`` itself, or ``<split>.all.ids`` or ``<split>.ids`` in that folder.
+
+    Raises:
+        DataError: no such file in the folder, or the file named is another split's (the authors' test run read the
+            development file).
+    """
+    if not os.path.isdir(annotations):
+        named = os.path.basename(annotations).split(".")[0]
+        if named in ("train", "val", "dev", "test") and named != split:
+            raise DataError(f"{annotations}: is by its name the split {named!r}, but eval.split is {split!r}; name the right "
+                            "file or only the folder")
+        return annotations
+    for name in (f"{split}.all.ids", f"{split}.ids"):
+        if os.path.isfile(os.path.join(annotations, name)):
+            return os.path.join(annotations, name)
+    present = ", ".join(sorted(n for n in os.listdir(annotations) if n.endswith(".ids"))) or "no .ids file"
+    raise DataError(f"{annotations}: neither {split}.all.ids nor {split}.ids in this folder; it has {present}")
+
+
+class RetrievalEvaluator:
+    """Zero-shot or finetuned retrieval over all pairs of a data set.
+
+    Args:
+        dataset: a :class:`RetrievalDataset`.
+        name: what the metrics are reported under, usually the split.
+        image_batch, pair_batch, every_steps: as in :class:`RetrievalEval`.
+        show_progress: draw a progress bar over the pairs.
+    """
+
+    def __init__(self, dataset, name="test", image_batch=32, pair_batch=128, every_steps=0, show_progress=False):
+        self.dataset, self.name, self.every_steps = dataset, name, every_steps
+        self.image_batch, self.pair_batch, self.show_progress = image_batch, pair_batch, show_progress
+        self.scores, self.metrics, self.score_weight = None, None, None
+
+    def run(self, model):
+        """Score all pairs; the model's mode is restored.
+
+        Returns:
+            dict of floats: :func:`~unimo2_paddle.metrics.retrieval.retrieval_metrics` of the retrieval score, and of the
+            contrastive score alone under ``contrastive_...``.
+
+        Raises:
+            UserInputError: the model lacks a head or cannot hold these captions.
+            DataError: a picture cannot be read.
+        """
+        self._check(model)
+        with evaluation_mode(model), self._progress() as bar:
+            texts = encode_texts(model, self.dataset, self.pair_batch)
+            images = encode_images(model, self.dataset, self.image_batch)
+            self.scores = score_matrix(model, images, texts, self.pair_batch, bar.update if bar is not None else None)
+        self.score_weight = model.config.cmcl_score_weight
+        self.metrics = retrieval_metrics(self.scores.retrieval, self.dataset.text_image)
+        alone = retrieval_metrics(self.scores.contrastive, self.dataset.text_image)
+        self.metrics.update((f"contrastive_{key}", value) for key, value in alone.items())
+        return dict(self.metrics)
+
+    def _check(self, model):
+        config = model.config
+        if model.vision is None or not {"pooling", "matching"} <= set(model.heads):
+            raise UserInputError("retrieval needs a model with its visual Transformer and the pooling and matching heads")
+        largest_id = max(max(ids) for ids in self.dataset.tokens)
+        if largest_id >= config.text_vocab_size:
+            raise UserInputError(f"a caption has token id {largest_id}, the model's vocabulary has {config.text_vocab_size} "
+                                 "entries; data.vocab must be the vocabulary the model was trained with")
+        last = max(max(ids) for ids in self.dataset.positions)
+        if last >= config.text_max_position_embeddings:
+            raise UserInputError(f"a caption reaches position {last}, the model has {config.text_max_position_embeddings} "
+                                 f"positions; set data.max_text_len to at most "
+                                 f"{config.text_max_position_embeddings - FIRST_POSITION}")
+
+    def _progress(self):
+        if not self.show_progress:
+            return contextlib.nullcontext()
+        from tqdm import tqdm
+
+        pairs = len(self.dataset) * len(self.dataset.captions)
+        return tqdm(total=pairs, desc=f"retrieval {self.name}", unit="pair", unit_scale=True, leave=False, disable=None)
+
+    def chance(self):
+        """What a random order scores on average, keys as the metrics."""
+        return chance_metrics(self.dataset.text_image, len(self.dataset))
+
+    def _require_run(self):
+        if self.metrics is None:
+            raise RuntimeError("RetrievalEvaluator: call run(model) first")
+
+    def table(self):
+        """The last run as text for the screen."""
+        self._require_run()
+        lines = [f"retrieval, {self.name}: {len(self.dataset)} pictures, {len(self.dataset.captions)} captions",
+                 f"{'':<32}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>13}"]
+        for title, values, prefix in (("matching + contrastive", self.metrics, ""),
+                                      ("contrastive alone", self.metrics, "contrastive_"), ("chance", self.chance(), "")):
+            for arrow, key in (("text -> image", "ir"), ("image -> text", "tr")):
+                recalls = "".join(f"{values[f'{prefix}{key}_r{k}']:>8.2f}" for k in (1, 5, 10))
+                lines.append(f"{arrow + '  ' + title:<32}{recalls}{values[f'{prefix}{key}_median_rank']:>13.1f}")
+        return "\n".join(lines)
+
+    def write_report(self, directory):
+        """Write ``results.json``, ``retrieval.jsonl`` and ``retrieval.png`` of the last run; returns their paths."""
+        self._require_run()
+        return write_retrieval_report(self, directory)
+
+
+def retrieval_evaluators(data, settings, model_config, tokenizer, show_progress=False) -> List[RetrievalEvaluator]:
+    """The evaluators that the groups ``data`` (:class:`RetrievalData`) and ``eval`` (:class:`RetrievalEval`) ask for.
+
+    Raises:
+        VocabularyError: the tokenizer is not the model's.
+        DataError: files are missing or malformed.
+    """
+    check_vocabulary(tokenizer, model_config, data.vocab)
+    dataset = RetrievalDataset.read(data, tokenizer, settings.split, settings.max_images, settings.captions_per_image)
+    return [RetrievalEvaluator(dataset, settings.split, settings.image_batch, settings.pair_batch, settings.every_steps,
+                               show_progress)]
+
+
+class RetrievalTask(Task):
+    """Retrieval evaluation of a trained model."""
+
+    sections = {"model": ModelSection, "data": RetrievalData, "eval": RetrievalEval, "run": RunSection}
+    selection = "val/recall_mean"
+
+    def build_model(self):
+        section = self.config.model
+        return build_unimo2(section, self.config.run.seed, section.model_config(), heads=("pooling", "matching"))
+
+    def evaluators(self):
+        config = self.config
+        tokenizer = Tokenizer.from_directory(config.data.vocab)
+        return retrieval_evaluators(config.data, config.eval, config.model.model_config(), tokenizer, config.run.progress)
