@@ -13,11 +13,13 @@ FAKE_PYTHON = r"""#!/usr/bin/env bash
 case "$*" in
     *python_version*) echo "$FAKE_VERSION" ;;
     *version_info*) case $FAKE_VERSION in 3.9.* | 3.10.* | 3.11.*) exit 0 ;; *) exit 1 ;; esac ;;
+    *base_prefix*) [ -f "$(dirname "$0")/../pyvenv.cfg" ] ;;
+    *_base_executable*) echo "$0" ;;
     *ensurepip*) exit "${FAKE_NO_VENV:-0}" ;;
-    '-m venv --clear '*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" ;;
+    '-m venv '*) mkdir -p "$3/bin" && touch "$3/pyvenv.cfg" && cp "$0" "$3/bin/python" ;;
     *'import cv2'*) [ -z "${FAKE_NO_LIBGL-}" ] || grep -q opencv-python-headless== "$FAKE_LOG" ;;
     '-m pip --version') ;;
-    '-m pip '*) echo "$*" >>"$FAKE_LOG"; [[ $* != *"${FAKE_FAILING-nothing}"* ]] ;;
+    '-m pip '*) echo "$0 $*" >>"$FAKE_LOG"; [[ $* != *"${FAKE_FAILING-nothing}"* ]] ;;
     *) echo "unexpected: $*" >&2; exit 99 ;;
 esac
 """
@@ -49,6 +51,7 @@ class Checkout:
         """The calls of pip since the last question."""
         calls = self.log.read_text().splitlines()
         self.log.write_text("")
+        assert all(call.startswith(f"{self.root}/.venv") for call in calls), "pip must never run outside of the environment"
         return calls
 
 
@@ -85,6 +88,39 @@ def test_an_interrupted_installation_is_redone(checkout, failing):
     checkout.pip_calls()
     assert checkout.run().returncode == 0
     assert any("--editable" in call for call in checkout.pip_calls())
+
+
+@pytest.mark.parametrize("lost", ["pyvenv.cfg", "bin/python"])
+def test_a_damaged_environment_is_made_anew(checkout, lost):
+    # Without pyvenv.cfg its Python is the system's, and pip would install there.
+    checkout.run()
+    checkout.pip_calls()
+    (checkout.root / ".venv" / lost).unlink()
+    result = checkout.run()
+    assert result.returncode == 0 and "Making" in result.stderr
+    assert any("--editable" in call for call in checkout.pip_calls())
+    assert [path.name for path in checkout.root.glob(".venv*")] == [".venv"]
+
+
+def test_an_environment_made_by_hand_is_kept_and_completed(checkout):
+    environment = checkout.root / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    (environment / "pyvenv.cfg").touch()
+    shutil.copy(checkout.python, environment / "bin" / "python")
+    (environment / "mine").touch()
+    assert checkout.run().returncode == 0
+    assert (environment / "mine").exists() and checkout.pip_calls()
+
+
+def test_another_python_makes_another_environment(checkout):
+    checkout.run()
+    checkout.pip_calls()
+    other = checkout.python.with_name("python3.9")
+    other.write_text(FAKE_PYTHON.replace("$FAKE_VERSION", "3.9.18"))
+    other.chmod(0o755)
+    result = checkout.run(PYTHON=str(other))
+    assert "Making" in result.stderr and "3.9.18" in result.stderr
+    assert (checkout.root / ".venv" / "unimo2-installed").read_text().startswith("Python 3.9.18 in ")
 
 
 def test_without_libgl_the_headless_opencv_of_the_same_version_is_taken(checkout):

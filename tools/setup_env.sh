@@ -21,9 +21,12 @@ case "$*" in
 esac
 python=$venv/bin/python
 stamp=$venv/unimo2-installed
+unfinished=$venv/unimo2-unfinished
 
 suitable() { "$1" -c 'import sys; sys.exit(not (3, 9) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null; }
 version_of() { "$1" -c 'import platform; print(platform.python_version())' 2>/dev/null; }
+# A half-deleted environment's Python is the system's in disguise: installing with it would change the system.
+is_environment() { "$1" -c 'import sys; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null; }
 
 find_python() {
     local candidate found=() candidates=(python3.11 python3 python3.10 python3.9)
@@ -36,7 +39,8 @@ find_python() {
         elif ! "$candidate" -c 'import ensurepip, venv' 2>/dev/null; then
             found+=("$candidate has no venv module (Debian, Ubuntu: apt-get install python3-venv)")
         else
-            echo "$candidate"
+            # The one behind an activated environment, which may be the very one to be replaced.
+            "$candidate" -c 'import sys; print(sys._base_executable)'
             return
         fi
     done
@@ -59,30 +63,34 @@ if command -v flock >/dev/null && ! flock -n 9; then
     flock 9
 fi
 
-if version_of "$python" >/dev/null && ! suitable "$python"; then
+remake=
+if ! is_environment "$python" || [ -e "$unfinished" ]; then
+    remake=yes
+elif ! suitable "$python"; then
     fail "$venv holds Python $(version_of "$python"), but 3.9 to 3.11 is needed: move it away and run this again." 2
-fi
-if [ -n "${PYTHON-}" ] && [ "$(version_of "$PYTHON")" != "$(version_of "$python")" ]; then
+elif [ -n "${PYTHON-}" ] && [ "$(version_of "$PYTHON")" != "$(version_of "$python")" ]; then
     remake=yes
 elif [ -f "$stamp" ] && wanted | cmp -s - "$stamp"; then
     echo "$venv"
     exit
 elif [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$(place)" ]; then
-    remake=yes  # the directory was moved or the system's Python replaced: paths in it are wrong
+    remake=yes  # the checkout was moved or the system's Python replaced: paths in it are wrong
 elif ! "$python" -m pip --version >/dev/null 2>&1; then
     remake=yes
-else
-    remake=
 fi
 
 if [ -n "$remake" ]; then
     base=$(find_python)
     say "Making $venv with Python $(version_of "$base")"
-    "$base" -m venv --clear "$venv" || fail "Cannot make $venv."
+    rm -rf "$venv.old"
+    [ ! -e "$venv" ] || mv "$venv" "$venv.old"
+    "$base" -m venv "$venv" || fail "Cannot make $venv."
+    rm -rf "$venv.old"
 fi
 
 rm -f "$stamp"
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
+touch "$unfinished"
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_REQUIRE_VIRTUALENV=1 PIP_USER=0
 list=$venv/requirements.txt
 requirements >"$list"
 pip_install() {
@@ -106,4 +114,5 @@ fi
 pip_install --no-deps --no-build-isolation --editable "$root"
 wanted >"$stamp.new"
 mv "$stamp.new" "$stamp"
+rm "$unfinished"
 echo "$venv"
