@@ -54,7 +54,7 @@ requirements() {
     awk -F'==' 'NF > 1 && !seen[$1]++' ${overrides:+"$overrides"} "$root/requirements.txt" "$root/requirements-test.txt"
 }
 place() { echo "Python $(version_of "$python") in $venv"; }
-wanted() { place; requirements; cat "$root/setup.py" "$root/pyproject.toml"; }
+wanted() { place; requirements; cat "$root/setup.py"; }
 
 # Two commands started together must not install over each other; the lock ends with this process.
 exec 9<"$root"
