@@ -4,6 +4,7 @@ import sys
 
 import unimo2_paddle
 from unimo2_paddle.errors import Unimo2Error, UserInputError
+from unimo2_paddle.runtime import prepare_process
 
 
 def _train(args):
@@ -108,6 +109,7 @@ def build_parser():
 def main(argv=None):
     """Run one command; returns the process exit status."""
     args = build_parser().parse_args(argv)
+    prepare_process()
     try:
         args.function(args)
     except UserInputError as error:

@@ -12,7 +12,11 @@ from unimo2_paddle.models.losses import contrastive_loss, visual_contrastive_los
 from unimo2_paddle.models.parallel import gather_rows, global_share, rank
 from unimo2_paddle.errors import ConfigError
 from unimo2_paddle.tasks.base import Task, build_unimo2, check_vocabulary, normalise_tensor
-from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalDataset, RetrievalEval, RetrievalEvaluator
+from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalEval, retrieval_evaluators
+
+
+def _negative_weights(group):
+    return [f"{name}: a weight must not be negative, is {value}" for name, value in vars(group).items() if value < 0]
 
 
 @dataclass
@@ -26,6 +30,9 @@ class PairObjectives:
     caption: float = 0.0           # left-to-right caption language model
     masked_grounding: float = 0.0  # masked grounded tokens (needs model.with_grounding_mask)
 
+    def problems(self):
+        return _negative_weights(self)
+
 
 @dataclass
 class ImageObjectives:
@@ -35,6 +42,9 @@ class ImageObjectives:
     dictionary: float = 1.0
     masked_grounding: float = 0.0
 
+    def problems(self):
+        return _negative_weights(self)
+
 
 @dataclass
 class TextObjectives:
@@ -42,7 +52,10 @@ class TextObjectives:
 
     masked_lm: float = 1.0
     dictionary: float = 1.0
-    seq2seq: float = 0.0           # every second text step (drawn) becomes sequence-to-sequence fragments
+    seq2seq: float = 0.0           # sequence-to-sequence fragments in every second text step (drawn), in all when masked_lm is 0
+
+    def problems(self):
+        return _negative_weights(self)
 
 
 @dataclass
@@ -87,6 +100,8 @@ class PretrainTrain:
             problems.append(f"text_for_matching: {self.text_for_matching!r} is not one of clean, masked")
         if not 0 < self.mask_ratio < 1:
             problems.append(f"mask_ratio: must be between 0 and 1, is {self.mask_ratio}")
+        problems += [f"{key}: must be above 0, is {getattr(self, key)}"
+                     for key in ("matching_temperature", "visual_temperature") if getattr(self, key) <= 0]
         return problems
 
 
@@ -104,10 +119,10 @@ class PretrainTask(Task):
     """Joint learning on pairs, images and texts; every step reads one corpus."""
 
     sections = {**Task.sections, "data": PretrainData, "mixture": Mixture, "train": PretrainTrain, "eval": PretrainEval}
-    selection = "val/recall_mean"
 
     def __init__(self, config):
         super().__init__(config)
+        self.selection = f"{config.eval.split}/recall_mean"
         self.model_config = config.model.model_config()
         self.tokenizer = Tokenizer.from_directory(config.data.vocab)
         check_vocabulary(self.tokenizer, self.model_config, config.data.vocab)
@@ -133,10 +148,14 @@ class PretrainTask(Task):
                 problems.append(f"mixture.global_batch.pairs: {size} pairs per micro-batch are not a multiple of "
                                 f"train.matching_group {train.matching_group}")
         model_config = config.model.model_config()
-        for corpus in ("pairs", "images"):
-            weights = getattr(train, corpus)
-            if weights.masked_grounding and not (model_config.with_grounding_mask and model_config.model_type == "grounded"):
+        grounded = model_config.model_type == "grounded"
+        for corpus in CORPORA:
+            weights = vars(getattr(train, corpus))
+            if weights.get("masked_grounding") and not (model_config.with_grounding_mask and grounded):
                 problems.append(f"train.{corpus}.masked_grounding: needs a grounded model with model.with_grounding_mask: true")
+            if mixture.weights.get(corpus, 0) > 0 and not any(w for name, w in weights.items() if grounded or name != "dictionary"):
+                problems.append(f"train.{corpus}: no objective that this model has is above 0, but mixture.weights.{corpus} is; "
+                                "switch one on, or the corpus off")
         if config.data.max_text_len + 2 > model_config.text_max_position_embeddings:
             problems.append(f"data.max_text_len: {config.data.max_text_len} tokens need {config.data.max_text_len + 2} text positions, "
                             f"the model has {model_config.text_max_position_embeddings}")
@@ -170,8 +189,7 @@ class PretrainTask(Task):
             return []
         data = RetrievalData(annotations=config.annotations, images=config.images, vocab=self.config.data.vocab, format=config.format,
                              max_text_len=self.config.data.max_text_len)
-        dataset = RetrievalDataset.read(data, config.split, config.max_images, config.captions_per_image)
-        return [RetrievalEvaluator(dataset, config.split, config.image_batch, config.pair_batch, config.every_steps)]
+        return retrieval_evaluators(data, config, self.model_config, self.tokenizer)
 
     def loss(self, model, batch):
         """Named terms of one micro-batch; ``"loss"`` is their weighted sum over the corpus' objectives."""
@@ -197,20 +215,21 @@ class PretrainTask(Task):
             labels = paddle.arange(rank() * image.shape[0], (rank() + 1) * image.shape[0], dtype="int64")
             terms["contrastive_accuracy"] = (logits.argmax(axis=1) == labels).astype("float32").mean().detach()
         masked = model.encode_text(batch["masked_ids"], positions, mask) if weights.masked_lm or masked_for_matching else None
-        token_mask = batch.get("token_mask")
-        matched_text = masked if masked_for_matching else clean
-        # only masked words and masked grounded tokens need more than the two first positions
-        first_only = not (weights.masked_grounding or (masked_for_matching and weights.masked_lm))
-        pair = model.fuse(image, matched_text, mask, token_mask=token_mask, first_only=first_only)
-        if weights.matching:
-            terms.update(self._matching_terms(model, batch, image, matched_text, pair, image_features.detach(), text_features.detach()))
+        if weights.matching or weights.dictionary or weights.masked_grounding or (masked_for_matching and weights.masked_lm):
+            token_mask = batch.get("token_mask")
+            matched_text = masked if masked_for_matching else clean
+            # only masked words and masked grounded tokens need more than the two first positions
+            first_only = not (weights.masked_grounding or (masked_for_matching and weights.masked_lm))
+            pair = model.fuse(image, matched_text, mask, token_mask=token_mask, first_only=first_only)
+            if weights.matching:
+                terms.update(self._matching_terms(model, batch, image, matched_text, pair, image_features.detach(), text_features.detach()))
+            if pair.grounding_loss is not None and weights.dictionary:
+                terms["dictionary"] = pair.grounding_loss
+            if weights.masked_grounding and token_mask is not None:
+                terms["masked_grounding"] = self._masked_grounding_loss(model, pair, token_mask)
         if weights.masked_lm:
             out = pair if masked_for_matching else model.fuse(image, masked, mask, with_grounding_loss=False)
             terms["masked_lm"] = self._word_loss(model, out.fused_text, batch)
-        if pair.grounding_loss is not None and weights.dictionary:
-            terms["dictionary"] = pair.grounding_loss
-        if weights.masked_grounding and token_mask is not None:
-            terms["masked_grounding"] = self._masked_grounding_loss(model, pair, token_mask)
         if weights.caption:
             terms["caption"] = self._caption_loss(model, batch, image)
         return terms
