@@ -5,6 +5,7 @@ loads, overrides, checks and explains; it never evaluates code.
 """
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -20,11 +21,25 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+            if not isinstance(key, (str, int, float, bool, type(None))):
+                raise ConfigError(f"line {line}: a key must be a word, is {key!r}")
             if key in seen:
-                raise ConfigError(f"line {key_node.start_mark.line + 1}: key {key!r} is given twice")
+                raise ConfigError(f"line {line}: key {key!r} is given twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _parse(text):
+    """The value of a YAML text; raises ``ConfigError`` when it is not YAML or repeats a key."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, AttributeError, RecursionError) as error:
+        # besides its own errors PyYAML passes on those of int(), of dates that do not exist and of unreadable tags
+        text = " ".join(str(error).replace('in "<unicode string>", ', "").split())
+        raise ConfigError(f"not valid YAML: {text}") from None
 
 
 def read_yaml(path):
@@ -35,13 +50,11 @@ def read_yaml(path):
     """
     try:
         with open(path, encoding="utf-8") as file:
-            values = yaml.load(file, Loader=_Loader)
+            values = _parse(file.read())
     except OSError as error:
         raise ConfigError(f"cannot read the configuration: {error.strerror}", str(path)) from None
     except UnicodeDecodeError:
         raise ConfigError("not a text file", str(path)) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", str(path)) from None
     except ConfigError as error:
         raise ConfigError(error.problems, str(path)) from None
     if not isinstance(values, dict):
@@ -49,8 +62,18 @@ def read_yaml(path):
     return values
 
 
+class _Scalar:
+    """An overriding number, truth value or date with the text it was read from: a key of type text takes that text."""
+
+    def __init__(self, text, value):
+        self.text, self.value = text, value
+
+    def __repr__(self):
+        return repr(self.value)
+
+
 def apply_overrides(values, overrides):
-    """Put ``["group.key=value", ...]`` into the nested mapping ``values`` (changed in place); values are read as YAML scalars."""
+    """Put ``["group.key=value", ...]`` into the nested mapping ``values`` (changed in place); values are read as YAML."""
     problems = []
     for text in overrides:
         path, equals, value = text.partition("=")
@@ -59,15 +82,20 @@ def apply_overrides(values, overrides):
             problems.append(f"override {text!r}: write key=value, for example -o train.steps=100")
             continue
         try:
-            parsed = yaml.safe_load(value) if value.strip() else ""
-        except yaml.YAMLError:
-            problems.append(f"override {text!r}: the value is not valid YAML; quote it")
+            parsed = _parse(value) if value.strip() else ""
+        except ConfigError as error:
+            problems.append(f"override {text!r}: {error}; quote the value if it is meant as text")
             continue
+        if not isinstance(parsed, (str, list, dict, type(None))):
+            parsed = _Scalar(value.strip(), parsed)
         target = values
-        for key in keys[:-1]:
-            target = target.setdefault(key, {})
+        for number, key in enumerate(keys[:-1], 1):
+            if target.get(key) is None:
+                target[key] = {}
+            target = target[key]
             if not isinstance(target, dict):
-                problems.append(f"override {text!r}: {key} is not a group")
+                remedy = "; override the whole list" if isinstance(target, list) else ""
+                problems.append(f"override {text!r}: {'.'.join(keys[:number])} is not a group{remedy}")
                 break
         else:
             target[keys[-1]] = parsed
@@ -80,13 +108,22 @@ def _type_name(kind):
     return getattr(kind, "__name__", str(kind).replace("typing.", ""))
 
 
+def _number(value):
+    """A number, or a text that is one (YAML reads 1e-4, without a dot, as text), as finite float; else ``None``."""
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _convert(value, kind, path, problems):
     """``value`` as type ``kind``; what cannot be converted is added to ``problems`` and returned as it is."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return build(kind, {} if value is None else value, path, problems)
     if kind is typing.Any:
-        return value
+        return value.value if isinstance(value, _Scalar) else value
     if origin is typing.Union or (origin is not None and origin is getattr(types, "UnionType", None)):
         if value is None and type(None) in arguments:
             return None
@@ -109,15 +146,14 @@ def _convert(value, kind, path, problems):
             problems.append(f"{path}: {value!r} is not a mapping")
             return value
         return {str(k): _convert(v, arguments[1], f"{path}.{k}", problems) for k, v in value.items()}
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4 (without a dot) as text
-        except ValueError:
-            pass
-    elif kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    elif kind is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+    if isinstance(value, _Scalar):
+        value = value.text if kind is str else value.value
+    if kind in (int, float) and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        number = _number(value)
+        if number is not None and kind is float:
+            return number
+        if number is not None and number.is_integer():
+            return value if isinstance(value, int) else int(number)
     elif kind in (str, bool) and isinstance(value, kind):
         return value
     elif kind is str and value is None:
@@ -133,7 +169,7 @@ def build(cls, values, path, problems):
     """
     if not isinstance(values, dict):
         problems.append(f"{path}: must be a group of keys, is {values!r}")
-        return cls()
+        return None
     hints = typing.get_type_hints(cls)
     own = {f.name: f for f in dataclasses.fields(cls)}
     collector = next((f for f in own.values() if "collect" in f.metadata), None)
@@ -177,7 +213,7 @@ class RunConfig:
 
     def to_yaml(self):
         """The resolved configuration as YAML; loading it again gives the same configuration."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, default_flow_style=None, width=120)
+        return yaml.safe_dump(self.resolved(), sort_keys=False, default_flow_style=None, width=120, allow_unicode=True)
 
 
 def _plain(group):
@@ -210,21 +246,24 @@ def load_run_config(path, overrides=()):
     """
     from unimo2_paddle.tasks import base
 
-    values = apply_overrides(read_yaml(path), overrides)
-    source = os.fspath(path)
+    values, source, problems = read_yaml(path), os.fspath(path), []
+    try:
+        apply_overrides(values, overrides)
+    except ConfigError as error:
+        problems.extend(error.problems)
     task = values.get("task")
-    if task not in base.TASKS:
+    if not isinstance(task, str) or task not in base.TASKS:
         close = difflib.get_close_matches(str(task), list(base.TASKS), n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"task: {task!r} is not a known task ({', '.join(base.TASKS)}){hint}", source)
+        problems.append(f"task: {task!r} is not a known task ({', '.join(base.TASKS)}){hint}")
+        raise ConfigError(problems, source)
     sections = base.task_class(task).sections
-    problems = []
     for key in values:
         if key != "task" and key not in sections:
             close = difflib.get_close_matches(str(key), sections, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known groups: {', '.join(sections)}"
             problems.append(f"{key}: unknown group{hint}")
-    groups = {name: build(cls, values.get(name) or {}, name, problems) for name, cls in sections.items()}
+    groups = {name: _convert(values.get(name), cls, name, problems) for name, cls in sections.items()}
     if not problems:
         problems.extend(base.task_class(task).check(types.SimpleNamespace(**groups)))
     if problems:
@@ -235,3 +274,16 @@ def load_run_config(path, overrides=()):
 def describe_config(path, overrides=()):
     """The resolved configuration as YAML text, for ``unimo2 validate``."""
     return load_run_config(path, overrides).to_yaml().rstrip()
+
+
+def bundled_config(name):
+    """Path of a run config that comes with the project, for example ``"pretrain/demo.yaml"``.
+
+    Raises:
+        ConfigError: this installation has no ``run_configs``.
+    """
+    root = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "run_configs")
+    path = os.path.join(root, name)
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path} does not exist; run from a clone of the project (the configs are in its run_configs/)")
+    return os.path.relpath(path) if not os.path.relpath(path).startswith("..") else path

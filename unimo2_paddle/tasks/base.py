@@ -1,4 +1,5 @@
 """What a task is: a batch's meaning, its loss, its judges. The loop (training/loop.py) knows nothing else about it."""
+import difflib
 import importlib
 import os
 from dataclasses import dataclass, field
@@ -39,7 +40,16 @@ class ModelSection:
     overrides: Dict[str, Any] = field(default_factory=dict, metadata={"collect": Unimo2Config})
 
     def problems(self):
-        return [] if self.config or self.init else ["config: give a model config or an init directory"]
+        if not self.config and not self.init:
+            return ["config: give a model config or an init directory"]
+        if not self.config and not os.path.exists(self.init):
+            return []  # a checkpoint may still have to be made when its run config is checked
+        try:
+            self.model_config()
+        except ConfigError as error:
+            keys = Unimo2Config.__dataclass_fields__
+            return [text if text.split(":")[0] in keys else f"config: {error.source or self.config}: {text}" for text in error.problems]
+        return []
 
     def model_config(self):
         """The ``Unimo2Config`` described here.
@@ -47,12 +57,16 @@ class ModelSection:
         Raises:
             ConfigError: unknown name, unreadable file, or values that do not fit together.
         """
+        if not self.config and not os.path.exists(self.init):
+            raise ConfigError(f"model.init: {self.init} does not exist; give a checkpoint directory, or name a model.config")
         path = self.config or os.path.join(self.init, "config.json")
         if self.config and not self.config.endswith(".json"):
             path = os.path.join(CONFIG_DIRECTORY, f"{self.config}.json")
             if not os.path.isfile(path):
                 known = sorted(n[:-5] for n in os.listdir(CONFIG_DIRECTORY) if n.endswith(".json"))
-                raise ConfigError(f"model.config: no bundled config {self.config!r}; known: {', '.join(known)}, or a path ending in .json")
+                close = difflib.get_close_matches(self.config, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ConfigError(f"no such bundled config; known: {', '.join(known)}, or a path ending in .json{hint}", self.config)
         return Unimo2Config.from_json(path, **self.overrides)
 
 
@@ -107,8 +121,9 @@ class RunSection:
     progress: bool = True
 
     def problems(self):
-        return [f"{key}: must be at least {low}, is {getattr(self, key)}"
-                for key, low in (("log_every", 1), ("save_every", 0), ("keep_last", 1), ("seed", 0)) if getattr(self, key) < low]
+        found = [] if self.output else ["output: is empty; give a directory"]
+        return found + [f"{key}: must be at least {low}, is {getattr(self, key)}"
+                        for key, low in (("log_every", 1), ("save_every", 0), ("keep_last", 1), ("seed", 0)) if getattr(self, key) < low]
 
 
 @dataclass

@@ -5,7 +5,9 @@ from typing import List
 import paddle
 
 from unimo2_paddle.errors import ConfigError
+from unimo2_paddle.training.schedule import SCHEDULES
 
+DECAY_RULES = ("standard", "authors")
 NO_DECAY_ENDINGS = ("_bias", "_b", ".b_0")
 TEMPERATURES = ("cmcl_temperature", "topk_temperature")
 
@@ -25,7 +27,22 @@ class OptimConfig:
     epsilon: float = 1e-6
     weight_decay: float = 0.01
     decay_rule: str = "standard"
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0          # global norm; 0: no clipping
+
+    def problems(self):
+        found = [f"{key}: must be at least 0, is {getattr(self, key)}"
+                 for key in ("learning_rate", "drop_factor", "weight_decay", "clip_norm") if getattr(self, key) < 0]
+        found += [f"{key}: must be in [0, 1), is {getattr(self, key)}"
+                  for key in ("warmup_ratio", "beta1", "beta2") if not 0 <= getattr(self, key) < 1]
+        found += [f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}"
+                  for key, choices in (("schedule", SCHEDULES), ("decay_rule", DECAY_RULES)) if getattr(self, key) not in choices]
+        if self.epsilon <= 0:
+            found.append(f"epsilon: must be above 0, is {self.epsilon}")
+        if self.warmup_steps < -1:
+            found.append(f"warmup_steps: must be at least 0, or -1 to take warmup_ratio, is {self.warmup_steps}")
+        if self.schedule == "piecewise" and not self.drop_at_epochs:
+            found.append("drop_at_epochs: is empty, so the piecewise schedule would never drop; give epochs, or schedule: constant")
+        return found
 
 
 def decays(name, rule="standard"):
@@ -48,8 +65,8 @@ def build_optimizer(parameters, config):
     Raises:
         ConfigError: unknown decay rule.
     """
-    if config.decay_rule not in ("standard", "authors"):
-        raise ConfigError(f"optim.decay_rule: {config.decay_rule!r} is not one of standard, authors")
+    if config.decay_rule not in DECAY_RULES:
+        raise ConfigError(f"optim.decay_rule: {config.decay_rule!r} is not one of {', '.join(DECAY_RULES)}")
     clip = paddle.nn.ClipGradByGlobalNorm(config.clip_norm) if config.clip_norm > 0 else None
     return paddle.optimizer.AdamW(
         learning_rate=config.learning_rate, beta1=config.beta1, beta2=config.beta2, epsilon=config.epsilon, parameters=list(parameters),
