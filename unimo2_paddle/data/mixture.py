@@ -5,13 +5,15 @@ from typing import Any, Dict, List, Tuple
 
 import numpy as np
 
+from unimo2_paddle.errors import CheckpointError, DataError
+
 
 def generator(*key):
     """A random generator that is a function of the integers in ``key`` alone (no hidden state, same on every worker)."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([int(k) for k in key])))
 
 
-CORPUS_DRAW, SOURCE_DRAW, RECORD_DRAW, STEP_DRAW = range(4)  # name spaces of the generators
+CORPUS_DRAW, SOURCE_DRAW, RECORD_DRAW, STEP_DRAW, ORDER_DRAW = range(5)  # name spaces of the generators
 CORPORA = ("pairs", "images", "texts")
 
 
@@ -20,28 +22,30 @@ class Draw:
     """One micro-batch of this worker."""
 
     step: int
-    micro: int
     corpus: str
-    slots: List[Tuple[int, int, int]]  # (slot in the global micro-batch, source, record index)
-    offset: int                        # first slot of this worker
+    slots: List[Tuple[int, int, int]]  # (slot in the step's global batch, source, record index)
     size: int                          # samples of the whole global micro-batch
 
     def record_generator(self, seed, slot):
         """The generator for everything random about one sample (caption choice, masks, augmentation)."""
-        return generator(seed, RECORD_DRAW, self.step, self.micro, slot)
+        return generator(seed, RECORD_DRAW, self.step, slot)
 
 
 class MixturePlan:
     """The endless sequence of draws.
 
     A step's corpus follows from (seed, step); a sample's source from (seed, step, slot); sources are read in their epoch order, each
-    record once per epoch. Nothing depends on the number of workers: a worker takes its slice of every global batch.
+    record once per epoch. Nothing depends on the number of workers or of micro-batches: a micro-batch is a run of slots of the step's
+    global batch, and a worker takes its slice of it.
 
     Args:
         sources: corpus -> list of (weight, ``EpochOrder``); weights: corpus -> share of the steps.
         global_batch: corpus -> samples per optimizer step over all workers and micro-batches.
         seed, accumulate: seed and micro-batches per step; rank, world_size: this worker.
         state: from :meth:`state_dict` of any world size.
+
+    Raises:
+        CheckpointError: the state is not of these corpora and sources.
     """
 
     def __init__(self, sources, weights, global_batch, seed, accumulate=1, rank=0, world_size=1, state=None):
@@ -50,7 +54,12 @@ class MixturePlan:
         self.corpora = [c for c in CORPORA if weights.get(c, 0) > 0]
         shares = np.array([weights[c] for c in self.corpora], dtype=np.float64)
         self.thresholds = np.cumsum(shares / shares.sum())
-        state = state or {"step": 0, "read": {c: [0] * len(sources[c]) for c in self.corpora}}
+        if state is None:
+            state = {"step": 0, "read": {c: [0] * len(sources[c]) for c in self.corpora}}
+        now, then = ({c: len(entries) for c, entries in group.items()} for group in (sources, state["read"]))
+        if now != then:
+            raise CheckpointError(f"the data position to resume from has the shard sets {then}, the configuration {now}; resume with the "
+                                  "corpora of the run, or start a new run from its weights with model.init")
         self.step, self.read = int(state["step"]), {c: list(counts) for c, counts in state["read"].items()}
 
     def state_dict(self):
@@ -68,51 +77,64 @@ class MixturePlan:
         sources = self.sources[corpus]
         size = self.global_batch[corpus] // self.accumulate
         share = size // self.world_size
-        offset = self.rank * share
         weights = np.array([weight for weight, _ in sources], dtype=np.float64)
-        draws = []
-        for micro in range(self.accumulate):
-            chosen = generator(self.seed, SOURCE_DRAW, self.step, micro).choice(len(sources), size=size, p=weights / weights.sum())
-            slots = []
-            for slot, source in enumerate(chosen):
-                position = self.read[corpus][source]
-                self.read[corpus][source] += 1
-                if offset <= slot < offset + share:
-                    order = sources[source][1]
-                    slots.append((slot, int(source), order.index(*divmod(position, len(order)))))
-            draws.append(Draw(self.step, micro, corpus, slots, offset, size))
+        chosen = generator(self.seed, SOURCE_DRAW, self.step).choice(len(sources), size=size * self.accumulate, p=weights / weights.sum())
+        draws = [Draw(self.step, corpus, [], size) for _ in range(self.accumulate)]
+        for slot, source in enumerate(chosen):
+            position = self.read[corpus][source]
+            self.read[corpus][source] += 1
+            micro, place = divmod(slot, size)
+            if place // share == self.rank:
+                order = sources[source][1]
+                draws[micro].slots.append((slot, int(source), order.index(*divmod(position, len(order)))))
         self.step += 1
         return draws
 
 
 class _BuiltBatches:
-    """Map-style view for ``paddle.io.DataLoader``: an "index" is a ``Draw``, an item the finished batch."""
+    """Map-style view for ``paddle.io.DataLoader``: an "index" is a ``Draw``, an item the finished batch.
+
+    Paddle replaces what a worker process raises by a SystemError without its text, so errors about the data travel as a batch.
+    """
 
     def __init__(self, build):
         self.build = build
 
     def __getitem__(self, draw):
-        return self.build(draw)
+        try:
+            return self.build(draw)
+        except DataError as error:
+            return {_ERROR: str(error), "nothing": np.zeros(1)}
 
     def __len__(self):
         return 1 << 40
+
+
+_ERROR = "data error"
+
+
+def _start_worker(_):
+    import cv2
+
+    cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's own threads would only fight for the same cores
 
 
 class Batches:
     """Endless batches of a plan, built in worker processes when ``num_workers`` > 0, in order.
 
     ``next(batches)`` gives one micro-batch; ``state_dict()`` is the position after the last whole step that was taken out, whatever
-    has been prefetched.
+    has been prefetched; ``close()`` ends the worker processes.
     """
 
     def __init__(self, plan, build, num_workers=0):
         self.plan, self.build, self.num_workers = plan, build, num_workers
         self._states, self._taken, self._state = deque(), 0, plan.state_dict()
-        self._iterator = iter(self._loader()) if num_workers else None
+        self._closed = False
         self._direct = self._draws()
+        self._iterator = iter(self._loader()) if num_workers else None
 
     def _draws(self):
-        while True:
+        while not self._closed:
             draws = self.plan.next_step()
             self._states.append(self.plan.state_dict())
             yield from draws
@@ -134,14 +156,16 @@ class Batches:
             def __len__(self):
                 return 1 << 40
 
-        return DataLoader(Built(self.build), batch_sampler=Plan(self._draws()), collate_fn=lambda items: items[0],
-                          num_workers=self.num_workers, use_shared_memory=True, return_list=True)
+        return DataLoader(Built(self.build), batch_sampler=Plan(self._direct), collate_fn=lambda items: items[0],
+                          num_workers=self.num_workers, use_shared_memory=True, return_list=True, worker_init_fn=_start_worker)
 
     def __iter__(self):
         return self
 
     def __next__(self):
         batch = next(self._iterator) if self._iterator is not None else self.build(next(self._direct))
+        if _ERROR in batch:
+            raise DataError(batch[_ERROR])
         self._taken += 1
         if self._taken == self.plan.accumulate:
             self._taken, self._state = 0, self._states.popleft()
@@ -150,3 +174,11 @@ class Batches:
     def state_dict(self) -> Dict[str, Any]:
         """Where a resumed run goes on."""
         return self._state
+
+    def close(self):
+        """Take out what was prefetched, after which Paddle's loader ends its worker processes by itself."""
+        self._closed = True
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            for _ in iterator:
+                pass

@@ -9,7 +9,7 @@ import numpy as np
 from unimo2_paddle.data.collate import PAD_POSITION, flat_positions, pad, text_arrays, with_special_tokens
 from unimo2_paddle.data.images import Augmentation, augment_image, decode_image
 from unimo2_paddle.data.masking import mask_spans, sequence_fragments
-from unimo2_paddle.data.mixture import STEP_DRAW, generator
+from unimo2_paddle.data.mixture import CORPORA, ORDER_DRAW, STEP_DRAW, generator
 from unimo2_paddle.data.shards import EpochOrder, ShardSet
 from unimo2_paddle.errors import DataError
 
@@ -52,56 +52,100 @@ class PretrainData:
         return problems
 
 
-def open_sources(data, corpora, seed):
+def open_sources(data, corpora, seed, bad_records, list_bad=True):
     """Open the shards of the corpora in use.
+
+    Args:
+        data: ``PretrainData``; corpora: names of those in use; seed: of their reading orders.
+        bad_records: ``BadRecords``; learns what indexing leaves out, and with ``list_bad`` (one worker only) writes it down.
 
     Returns:
         readers: corpus -> list of ``ShardSet``; orders: corpus -> list of (weight, ``EpochOrder``).
 
     Raises:
-        DataError: no shard matches, or a shard is empty or broken (see ``ShardSet``).
+        DataError: no shard matches, a shard is empty or broken (see ``ShardSet``), or too many of its records are bad.
     """
     readers, orders = {}, {}
-    for number, corpus in enumerate(corpora):
-        sources = getattr(data, corpus)
-        readers[corpus] = [ShardSet(s.shards, corpus, cache_dir=data.cache_dir or None) for s in sources]
-        orders[corpus] = [(source.weight, EpochOrder(reader.shard_lengths, generator(seed, number, i).integers(1 << 62), data.shuffle_window))
-                          for i, (source, reader) in enumerate(zip(sources, readers[corpus]))]
+    for corpus in corpora:
+        readers[corpus], orders[corpus] = [], []
+        for number, source in enumerate(getattr(data, corpus)):
+            reader = ShardSet(source.shards, corpus, cache_dir=data.cache_dir or None, bad_record=bad_records.write if list_bad else None)
+            bad_records.check(reader.bad_records, reader.bad_records + len(reader), f"records of data.{corpus}[{number}]")
+            order_seed = generator(seed, ORDER_DRAW, CORPORA.index(corpus), number).integers(1 << 62)
+            readers[corpus].append(reader)
+            orders[corpus].append((source.weight, EpochOrder(reader.shard_lengths, order_seed, data.shuffle_window)))
     return readers, orders
 
 
 class BadRecords:
-    """Counts bad records, writes each with its reason to a file, and stops the run when there are too many."""
+    """Counts bad records, writes each once with its reason to a file, and stops the run when there are too many.
+
+    Args:
+        path: JSON lines file, made when the first bad record is found and continued by a resumed run.
+        max_ratio: share of bad records above which the run stops, once ``ENOUGH_RECORDS`` were seen.
+    """
+
+    ENOUGH_RECORDS = 100
 
     def __init__(self, path, max_ratio):
         self.path, self.max_ratio, self.seen, self.bad = path, max_ratio, 0, 0
+        self._written = None
 
-    def note(self, key, shard, error):
-        """Count one bad record; raises ``DataError`` when the share passes the limit (after 100 records)."""
+    def note(self, shard, key, error):
+        """Count and write down one bad record; raises ``DataError`` when the share passes the limit."""
         self.bad += 1
+        self.write(shard, key, str(error))
+        self.check(self.bad, self.seen, "records read", f"; the last one: {error}")
+
+    def write(self, shard, key, reason):
+        """Write down one bad record, unless the file already has it."""
+        if self._written is None:
+            self._written = self._read()
+        if (shard, key) in self._written:
+            return
+        self._written.add((shard, key))
         os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"shard": shard, "key": key, "reason": str(error)}) + "\n")
-        if self.seen >= 100 and self.bad > self.max_ratio * self.seen:
-            raise TooManyBadRecords(f"{self.bad} of {self.seen} records are bad, more than data.max_bad_ratio {self.max_ratio} allows; "
-                                    f"the last one: {error}. All are listed in {self.path}")
+            file.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
+
+    def check(self, bad, seen, what, detail=""):
+        """Raise ``DataError`` when ``bad`` of ``seen`` is too much."""
+        if seen >= self.ENOUGH_RECORDS and bad > self.max_ratio * seen:
+            raise DataError(f"{bad} of {seen} {what} are bad, more than data.max_bad_ratio {self.max_ratio} allows{detail}. "
+                            f"They are listed in {self.path}; repair the data or raise data.max_bad_ratio")
+
+    def _read(self):
+        try:
+            with open(self.path, encoding="utf-8") as file:
+                entries = [json.loads(line) for line in file]
+            return {(entry["shard"], entry["key"]) for entry in entries}
+        except (OSError, ValueError, KeyError, TypeError):
+            return set()  # none yet, or the last line was cut off when the run was killed
 
 
-class TooManyBadRecords(DataError):
-    """The share of bad records passed its limit."""
+def _place(reader, index):
+    """(shard, number of the record inside it)."""
+    ends = np.cumsum(reader.shard_lengths)
+    shard = int(np.searchsorted(ends, index, side="right"))
+    return reader.paths[shard], int(index - ends[shard] + reader.shard_lengths[shard])
 
 
 class PretrainBatchBuilder:
     """Builds the batch of a ``Draw``: reads, decodes, tokenises, masks. A function of the draw alone (and safe in worker processes).
 
     Batches are dicts of numpy arrays (images uint8) with the corpus name under ``"corpus"``; see the ``_..._batch`` methods for keys.
+
+    Args:
+        data: ``PretrainData``; readers: from :func:`open_sources`; tokenizer: ``Tokenizer``; model_config: ``Unimo2Config``.
+        seed: of everything random; mask_ratio: share of masked words; group: size of the groups hard negatives are drawn in.
+        masked_grounding: the corpora that train on masked grounded tokens; seq2seq: share of the text steps made of fragments.
+        bad_records: ``BadRecords``.
     """
 
-    def __init__(self, data, readers, tokenizer, model_config, seed, mask_ratio, group, grounding_mask_ratio, seq2seq, bad_records):
+    def __init__(self, data, readers, tokenizer, model_config, seed, mask_ratio, group, masked_grounding, seq2seq, bad_records):
         self.data, self.readers, self.tokenizer, self.config = data, readers, tokenizer, model_config
         self.seed, self.mask_ratio, self.group, self.seq2seq = seed, mask_ratio, group, seq2seq
-        self.masked_grounding = grounding_mask_ratio
-        self.bad_records = BadRecords(bad_records, data.max_bad_ratio)
+        self.masked_grounding, self.bad_records = masked_grounding, bad_records
 
     def __call__(self, draw):
         build = {"pairs": self._pair_batch, "images": self._image_batch, "texts": self._text_batch}[draw.corpus]
@@ -120,21 +164,25 @@ class PretrainBatchBuilder:
                     record = reader.read(index)
                     samples.append(make(record, rng))
                     break
-                except TooManyBadRecords:
-                    raise
                 except DataError as error:
-                    self.bad_records.note(record.key if record else index, record.shard if record else reader.paths[0], error)
+                    shard, number = _place(reader, index)
+                    self.bad_records.note(shard, record.key if record else number, error)
                     index = int(rng.integers(len(reader)))
             else:
-                raise DataError(f"{SUBSTITUTES} records in a row are bad in {reader.paths[0]} and its fellows; see {self.bad_records.path}")
+                raise DataError(f"{SUBSTITUTES} records in a row are bad in {reader.paths[0]} and its fellows; they are listed in "
+                                f"{self.bad_records.path}")
         return samples
+
+    def _picture(self, record, augmentation, rng, count):
+        image = decode_image(record.image, name=f"{record.shard}, record {record.key}")
+        return [augment_image(image, self.config.image_size, augmentation, rng) for _ in range(count)]
 
     def _caption(self, record, rng):
         texts = record.texts
         text = texts[int(rng.integers(len(texts)))][: MAX_CHARACTERS_PER_TOKEN * self.data.max_text_len]
         ids, starts = self.tokenizer.encode_with_word_starts(text)
         if not ids:
-            raise DataError(f"record {record.key}: the text is empty")
+            raise DataError(f"{record.shard}, record {record.key}: the text is empty")
         return ids, starts
 
     def _masked(self, ids, starts, rng):
@@ -155,9 +203,9 @@ class PretrainBatchBuilder:
 
     def _token_mask(self, draw, rows):
         """Which grounded tokens are hidden, ``[rows, K]``, when the corpus trains on them."""
-        if not self.masked_grounding.get(draw.corpus):
+        if draw.corpus not in self.masked_grounding:
             return {}
-        masks = [generator(self.seed, STEP_DRAW, 1, draw.step, draw.micro, slot).random((rows, self.config.topk_value))
+        masks = [generator(self.seed, STEP_DRAW, 1, draw.step, slot).random((rows, self.config.topk_value))
                  for slot, _, _ in draw.slots]
         masks = np.stack(masks, axis=1).reshape([-1, self.config.topk_value])
         return {"token_mask": (masks < self.config.grounding_mask_ratio).astype(np.float32)}
@@ -166,8 +214,7 @@ class PretrainBatchBuilder:
         """image [B, S, S, 3]; input_ids, masked_ids, position_ids, text_mask [B, L]; predict_from, labels [M]; noise [B, 2, group]."""
         def make(record, rng):
             ids, starts = self._caption(record, rng)
-            image = decode_image(record.image)
-            image = augment_image(image, self.config.image_size, self.data.pair_augmentation, rng)
+            (image,) = self._picture(record, self.data.pair_augmentation, rng, 1)
             return image, self._masked(ids, starts, rng), rng.gumbel(size=(2, self.group))
 
         images, texts, noise = zip(*self._samples(draw, make))
@@ -177,15 +224,14 @@ class PretrainBatchBuilder:
     def _image_batch(self, draw):
         """first_view, second_view [B, S, S, 3]: two augmentations of each image."""
         def make(record, rng):
-            image = decode_image(record.image)
-            return [augment_image(image, self.config.image_size, self.data.view_augmentation, rng) for _ in range(2)]
+            return self._picture(record, self.data.view_augmentation, rng, 2)
 
         first, second = zip(*self._samples(draw, make))
         return {"first_view": np.stack(first), "second_view": np.stack(second), **self._token_mask(draw, 2)}
 
     def _text_batch(self, draw):
         """Masked words as in pairs; or fragments: input_ids, position_ids [B, L], text_mask [B, L, L], predict_from, labels [M]."""
-        fragments = self.seq2seq and generator(self.seed, STEP_DRAW, 0, draw.step).random() < 0.5
+        fragments = generator(self.seed, STEP_DRAW, 0, draw.step).random() < self.seq2seq
 
         def make(record, rng):
             ids, starts = self._caption(record, rng)

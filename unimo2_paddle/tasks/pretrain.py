@@ -1,18 +1,20 @@
 """UNIMO-2 pre-training over image-caption pairs, images and texts (design notes section 6; the authors never released theirs)."""
+import os
 from dataclasses import dataclass, field
 from typing import Dict
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 
 from unimo2_paddle.data.mixture import CORPORA, Batches, MixturePlan
-from unimo2_paddle.data.pretrain_batches import PretrainBatchBuilder, PretrainData, open_sources
+from unimo2_paddle.data.pretrain_batches import BadRecords, PretrainBatchBuilder, PretrainData, open_sources
 from unimo2_paddle.data.tokenizer import Tokenizer
+from unimo2_paddle.errors import ConfigError
 from unimo2_paddle.models.losses import contrastive_loss, visual_contrastive_loss
 from unimo2_paddle.models.parallel import gather_rows, global_share, rank
-from unimo2_paddle.errors import ConfigError
 from unimo2_paddle.tasks.base import Task, build_unimo2, check_vocabulary, normalise_tensor
-from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalEval, retrieval_evaluators
+from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalEval, evaluation_mode, retrieval_evaluators
 
 
 def _negative_weights(group):
@@ -126,6 +128,7 @@ class PretrainTask(Task):
         self.model_config = config.model.model_config()
         self.tokenizer = Tokenizer.from_directory(config.data.vocab)
         check_vocabulary(self.tokenizer, self.model_config, config.data.vocab)
+        self._shown = None
 
     @classmethod
     def check(cls, config):
@@ -149,10 +152,12 @@ class PretrainTask(Task):
                                 f"train.matching_group {train.matching_group}")
         model_config = config.model.model_config()
         grounded = model_config.model_type == "grounded"
+        can_mask = grounded and model_config.with_grounding_mask and model_config.grounding_method == "topk"
         for corpus in CORPORA:
             weights = vars(getattr(train, corpus))
-            if weights.get("masked_grounding") and not (model_config.with_grounding_mask and grounded):
-                problems.append(f"train.{corpus}.masked_grounding: needs a grounded model with model.with_grounding_mask: true")
+            if weights.get("masked_grounding") and not can_mask:
+                problems.append(f"train.{corpus}.masked_grounding: needs a grounded model with model.with_grounding_mask: true and "
+                                "model.grounding_method: topk")
             if mixture.weights.get(corpus, 0) > 0 and not any(w for name, w in weights.items() if grounded or name != "dictionary"):
                 problems.append(f"train.{corpus}: no objective that this model has is above 0, but mixture.weights.{corpus} is; "
                                 "switch one on, or the corpus off")
@@ -175,12 +180,14 @@ class PretrainTask(Task):
                 raise ConfigError(f"mixture.global_batch.{corpus}: {size // train.accumulate} samples per micro-batch cannot be shared by "
                                   f"{shard.world_size} workers in groups of {unit}; use a multiple of {unit * shard.world_size}")
         active = [c for c in CORPORA if mixture.weights.get(c, 0) > 0]
-        readers, orders = open_sources(config.data, active, config.run.seed)
+        name = f"bad_records.{shard.rank}.jsonl" if shard.rank else "bad_records.jsonl"
+        bad_records = BadRecords(os.path.join(config.run.output, name), config.data.max_bad_ratio)
+        readers, orders = open_sources(config.data, active, config.run.seed, bad_records, list_bad=shard.rank == 0)
         plan = MixturePlan(orders, mixture.weights, mixture.global_batch, config.run.seed, train.accumulate, shard.rank, shard.world_size, state)
         builder = PretrainBatchBuilder(
             config.data, readers, self.tokenizer, self.model_config, seed=config.run.seed, mask_ratio=train.mask_ratio,
-            group=train.matching_group, grounding_mask_ratio={"pairs": train.pairs.masked_grounding, "images": train.images.masked_grounding},
-            seq2seq=train.texts.seq2seq > 0, bad_records=f"{config.run.output}/bad_records.{shard.rank}.jsonl")
+            group=train.matching_group, masked_grounding=[c for c in ("pairs", "images") if getattr(train, c).masked_grounding > 0],
+            seq2seq=0.0 if train.texts.seq2seq == 0 else 0.5 if train.texts.masked_lm > 0 else 1.0, bad_records=bad_records)
         return Batches(plan, builder, config.data.num_workers)
 
     def evaluators(self):
@@ -189,7 +196,31 @@ class PretrainTask(Task):
             return []
         data = RetrievalData(annotations=config.annotations, images=config.images, vocab=self.config.data.vocab, format=config.format,
                              max_text_len=self.config.data.max_text_len)
-        return retrieval_evaluators(data, config, self.model_config, self.tokenizer)
+        evaluators = retrieval_evaluators(data, config, self.model_config, self.tokenizer)
+        self._shown = evaluators[0].dataset
+        return evaluators
+
+    def illustrate(self, model, writer, step, pictures=4, counted=64):
+        """Sample pictures with their captions and grounded tokens, and the tokens used most over ``counted`` pairs."""
+        if self._shown is None:
+            return
+        first_caption = [int(np.flatnonzero(self._shown.text_image == i)[0]) for i in range(min(counted, len(self._shown)))]
+        image = self._shown.pictures(0, len(first_caption), model.config.image_size)
+        ids, positions, mask = (paddle.to_tensor(a) for a in self._shown.text_batch(first_caption))
+        with evaluation_mode(model):
+            out = model.fuse(model.encode_image(normalise_tensor(paddle.to_tensor(image))), model.encode_text(ids, positions, mask), mask,
+                             first_only=True, with_grounding_loss=False)
+        tokens = None if out.grounded_ids is None else out.grounded_ids.numpy()
+        for i, row in enumerate(first_caption[:pictures]):
+            writer.add_image(tag=f"pairs/{i}", img=image[i], step=step)
+            best = "" if tokens is None else f" | grounded tokens: {', '.join(map(str, tokens[i][:8]))}"
+            writer.add_text(tag=f"pairs/{i}", text_string=self._shown.captions[row] + best, step=step)
+        if tokens is not None:
+            codes, counts = np.unique(tokens, return_counts=True)
+            top = sorted(zip(counts, codes), reverse=True)[:10]
+            used = ", ".join(f"{code} ({count} of {len(tokens)})" for count, code in top)
+            writer.add_text(tag="grounded_tokens/most_used", text_string=used, step=step)
+            writer.add_scalar(tag="grounded_tokens/used_codes", value=len(codes), step=step)
 
     def loss(self, model, batch):
         """Named terms of one micro-batch; ``"loss"`` is their weighted sum over the corpus' objectives."""
