@@ -260,12 +260,12 @@ class RetrievalEvaluator:
         """The last run as text for the screen."""
         self._require_run()
         lines = [f"retrieval, {self.name}: {len(self.dataset)} pictures, {len(self.dataset.captions)} captions",
-                 f"{'':<32}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>13}"]
+                 f"{'':<38}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>13}"]
         for title, values, prefix in (("matching + contrastive", self.metrics, ""),
                                       ("contrastive alone", self.metrics, "contrastive_"), ("chance", self.chance(), "")):
             for arrow, key in (("text -> image", "ir"), ("image -> text", "tr")):
                 recalls = "".join(f"{values[f'{prefix}{key}_r{k}']:>8.2f}" for k in (1, 5, 10))
-                lines.append(f"{arrow + '  ' + title:<32}{recalls}{values[f'{prefix}{key}_median_rank']:>13.1f}")
+                lines.append(f"{arrow + '  ' + title:<38}{recalls}{values[f'{prefix}{key}_median_rank']:>13.1f}")
         return "\n".join(lines)
 
     def write_report(self, directory):

@@ -116,7 +116,9 @@ def _draw_sheet(evaluator, ranks, path):
             _draw_picture(axes, dataset, image, RIGHT if image == dataset.text_image[text] else None)
             axes.set_title(f"{scores[text, image]:.2f}", fontsize=8, pad=2, color="#555555")
     for row, image in enumerate(images, len(texts)):
-        _draw_picture(figure.add_subplot(grid[row, :2]), dataset, image, None)
+        axes = figure.add_subplot(grid[row, :2])
+        axes.set_anchor("W")
+        _draw_picture(axes, dataset, image, None)
         column = np.ascontiguousarray(scores[:, image])
         lines = [(f"{column[t]:.2f}   {dataset.captions[t]}", RIGHT if dataset.text_image[t] == image else "black")
                  for t in _best(column, SHOWN)]
