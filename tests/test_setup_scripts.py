@@ -186,10 +186,10 @@ def test_a_moved_checkout_gets_a_new_environment(checkout, tmp_path):
     assert "Making" in result.stderr and checkout.pip_calls()
 
 
-def test_demo_passes_its_arguments_and_threads_on(checkout):
+def test_demo_passes_its_arguments_and_exit_status_on(checkout):
     checkout.run()
     command = checkout.root / ".venv" / "bin" / "unimo2"
-    command.write_text('#!/usr/bin/env bash\nprintf "%s|" "$OMP_NUM_THREADS" "$@"\n')
+    command.write_text('#!/usr/bin/env bash\nprintf "%s|" "$@"\nexit 2\n')
     command.chmod(0o755)
-    result = checkout.run("--out", "my output", script="demo.sh", OMP_NUM_THREADS="3")
-    assert result.stdout == "3|demo|--out|my output|", result.stderr
+    result = checkout.run("--out", "my output", script="demo.sh")
+    assert (result.returncode, result.stdout) == (2, "demo|--out|my output|"), result.stderr
