@@ -100,19 +100,24 @@ class Unimo2Config:
     position_grid: int = 14
 
     def __post_init__(self):
-        self.text_hidden_size = self.hidden_size if self.text_hidden_size is None else self.text_hidden_size
-        self.vit_hidden_size = self.hidden_size if self.vit_hidden_size is None else self.vit_hidden_size
-        problems = self._type_problems() or self._value_problems()
+        problems = self._type_problems()
+        if not problems:
+            self.text_hidden_size = self.hidden_size if self.text_hidden_size is None else self.text_hidden_size
+            self.vit_hidden_size = self.hidden_size if self.vit_hidden_size is None else self.vit_hidden_size
+            problems = self._value_problems()
+            for key, count in (("text_enc_layers", self.text_num_hidden_layers), ("grounding_enc_layers", self.num_hidden_layers)):
+                try:
+                    setattr(self, key, parse_layers(getattr(self, key), count, key))
+                except ConfigError as error:
+                    problems.extend(error.problems)
         if problems:
             raise ConfigError(problems, "model config")
-        self.text_enc_layers = parse_layers(self.text_enc_layers, self.text_num_hidden_layers, "text_enc_layers")
-        self.grounding_enc_layers = parse_layers(self.grounding_enc_layers, self.num_hidden_layers, "grounding_enc_layers")
 
     def _type_problems(self):
         problems = []
         for field in fields(self):
             value, default = getattr(self, field.name), field.default
-            if field.name in ("text_enc_layers", "grounding_enc_layers"):
+            if field.name in ("text_enc_layers", "grounding_enc_layers") or (value is None and default is None):
                 continue
             expected = int if field.name in ("text_hidden_size", "vit_hidden_size") else type(default)
             if expected is float and isinstance(value, int) and not isinstance(value, bool):
@@ -178,12 +183,13 @@ class Unimo2Config:
             if key not in known:
                 close = difflib.get_close_matches(str(key), known, n=1)
                 problems.append(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        try:
+            config = cls(**{key: value for key, value in merged.items() if key in known})
+        except ConfigError as error:
+            problems.extend(error.problems)
         if problems:
             raise ConfigError(problems, source)
-        try:
-            return cls(**merged)
-        except ConfigError as error:
-            raise ConfigError(error.problems, source) from None
+        return config
 
     @classmethod
     def from_json(cls, path, **overrides):

@@ -54,7 +54,7 @@ def masked_mean(values, weights):
 
 
 def circle_loss(positive, negatives, margin, scale):
-    """Circle loss of one positive against several negatives; exponentials in float64 as the authors compute them.
+    """Circle loss of one positive against several negatives, in float64 as the authors compute it.
 
     Args:
         positive: ``[B, 1]`` scores; negatives: ``[B, N]`` scores; margin, scale: floats.
@@ -66,8 +66,9 @@ def circle_loss(positive, negatives, margin, scale):
     weight_negative = F.relu(negatives + margin).detach()
     logit_positive = (-scale * weight_positive * (positive - (1.0 - margin))).astype("float64")
     logit_negative = (scale * weight_negative * (negatives - margin)).astype("float64")
-    total = logit_negative.exp().sum(axis=1, keepdim=True) * logit_positive.exp().sum(axis=1, keepdim=True)
-    return (1.0 + total).log().mean().astype(positive.dtype)
+    # log(1 + sum exp(n) * sum exp(p)) without the product, which overflows when a pair is badly ranked at a large scale
+    total = logit_negative.logsumexp(axis=1) + logit_positive.logsumexp(axis=1)
+    return F.softplus(total, threshold=40).mean().astype(positive.dtype)
 
 
 def retrieval_circle_loss(scores, margin=0.2, scale=1.0):
