@@ -1,8 +1,10 @@
-"""What every test shares: one thread, no network, repeatable property tests."""
+"""What every test shares: one thread, no network, repeatable property tests, a tiny pre-training run."""
+import copy
 import ipaddress
 import os
 import socket
 import zlib  # noqa: F401  before paddle: Paddle 2.6.2 exports zlib's symbols, and the first use would then crash
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,77 @@ def no_network():
         patch.setattr(socket.socket, "connect", guard(socket.socket.connect))
         patch.setattr(socket.socket, "connect_ex", guard(socket.socket.connect_ex))
         yield
+
+
+# A model of a few thousand weights on 32-pixel pictures: a training step takes some 40 ms.
+TINY_MODEL = {
+    "config": "unimo2_demo", "hidden_size": 32, "text_hidden_size": 32, "vit_hidden_size": 32, "num_attention_heads": 2,
+    "text_num_attention_heads": 2, "vit_num_attention_heads": 2, "num_hidden_layers": 2, "text_num_hidden_layers": 1,
+    "vit_num_hidden_layers": 1, "image_size": 32, "resolution": 16, "position_grid": 2, "num_codebook": 32, "topk_value": 4,
+}
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """The smallest demo corpora: 24 pairs, 12 pictures, 24 texts, 20 pictures for retrieval; not to be changed."""
+    from unimo2_paddle.data.demo import write_demo_data
+
+    out = tmp_path_factory.mktemp("demo") / "data"
+    write_demo_data(out, size=24, seed=1)
+    return out
+
+
+@pytest.fixture
+def pretrain_values(demo_data, tmp_path):
+    """The tiny pre-training run over all three corpora, as nested plain Python."""
+    return {
+        "task": "pretrain",
+        "model": dict(TINY_MODEL),
+        "data": {"vocab": str(demo_data / "vocab"), "max_text_len": 40,
+                 **{corpus: [{"shards": str(demo_data / corpus / "*.tar")}] for corpus in ("pairs", "images", "texts")}},
+        "mixture": {"weights": {"pairs": 0.5, "images": 0.25, "texts": 0.25}, "global_batch": {"pairs": 8, "images": 4, "texts": 8}},
+        "train": {"steps": 6, "matching_group": 4},
+        "optim": {"learning_rate": 1e-3},
+        "run": {"output": str(tmp_path / "run"), "progress": False, "log_every": 1},
+    }
+
+
+@pytest.fixture
+def pretrain_config(pretrain_values, tmp_path):
+    """A function that writes the tiny run with some keys replaced ({"group.key": value}) and returns the file's path."""
+    import yaml
+
+    def write(changes=None, name="run.yaml"):
+        values = copy.deepcopy(pretrain_values)
+        for path, value in (changes or {}).items():
+            *groups, key = path.split(".")
+            target = values
+            for group in groups:
+                target = target.setdefault(group, {})
+            target[key] = value
+        (tmp_path / name).write_text(yaml.safe_dump(values), encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@dataclass
+class Outcome:
+    """What a command left behind."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def unimo2(capsys):
+    """A function that runs ``unimo2 ARGUMENTS`` in this process."""
+    from unimo2_paddle.cli import main
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = main([str(a) for a in arguments])
+        return Outcome(status, *capsys.readouterr())
+
+    return run

@@ -56,7 +56,7 @@ class MixturePlan:
         self.thresholds = np.cumsum(shares / shares.sum())
         if state is None:
             state = {"step": 0, "read": {c: [0] * len(sources[c]) for c in self.corpora}}
-        now, then = ({c: len(entries) for c, entries in group.items()} for group in (sources, state["read"]))
+        now, then = {c: len(sources[c]) for c in self.corpora}, {c: len(counts) for c, counts in state["read"].items()}
         if now != then:
             raise CheckpointError(f"the data position to resume from has the shard sets {then}, the configuration {now}; resume with the "
                                   "corpora of the run, or start a new run from its weights with model.init")
