@@ -4,7 +4,7 @@ import sys
 
 import unimo2_paddle
 from unimo2_paddle.errors import Unimo2Error, UserInputError
-from unimo2_paddle.runtime import prepare_process
+from unimo2_paddle.runtime import import_paddle, prepare_process
 
 
 def _train(args):
@@ -28,7 +28,7 @@ def _validate(args):
 def _convert(args):
     from unimo2_paddle.checkpoints.convert import convert
 
-    print(convert(args.source, args.target, args.format))
+    print(convert(args.source, args.target, args.format, args.config))
 
 
 def _inspect(args):
@@ -40,7 +40,8 @@ def _inspect(args):
 def _init(args):
     from unimo2_paddle.checkpoints.initialise import initialise
 
-    print(initialise(args.target, config=args.config, roberta=args.roberta, vit=args.vit, seed=args.seed))
+    print(initialise(args.target, config=args.config, roberta=args.roberta, vit=args.vit, seed=args.seed,
+                     roberta_vocab=args.roberta_vocab, vocab_file=args.vocab, encoder_json=args.encoder_json))
 
 
 def _demo_data(args):
@@ -53,6 +54,9 @@ def _demo(args):
     from unimo2_paddle.demo_run import run_demo
 
     run_demo(args.out, seed=args.seed)
+
+
+_WITH_PADDLE = (_train, _eval, _validate, _init, _demo)
 
 
 def _add_config_arguments(parser):
@@ -87,6 +91,7 @@ def build_parser():
     sub.add_argument("--to", dest="target", required=True, metavar="DIR", help="directory to write (must not exist)")
     sub.add_argument("--format", choices=("released", "safetensors", "pdparams"), default="safetensors",
                      help="what to write; default: safetensors")
+    sub.add_argument("--config", metavar="JSON", help="model config to store with the weights; default: the source's, or worked out from the shapes")
     sub = command("inspect", _inspect, "Print names, shapes, sizes and the fitting config of a checkpoint.")
     sub.add_argument("path", help="checkpoint directory or file")
     sub = command("init", _init, "Initialise a UNIMO-2 model from PaddleNLP RoBERTa and PaddleClas ViT weights.")
@@ -95,6 +100,9 @@ def build_parser():
     sub.add_argument("--roberta", metavar="FILE", help="RoBERTa weights of PaddleNLP (.pdparams or its directory)")
     sub.add_argument("--vit", metavar="FILE", help="ViT weights of PaddleClas (.pdparams)")
     sub.add_argument("--seed", type=int, default=1, help="seed of the parameters no source provides; default: 1")
+    sub.add_argument("--roberta-vocab", metavar="JSON", help="RoBERTa's vocab.json, to match rows by piece instead of by order")
+    sub.add_argument("--vocab", metavar="FILE", help="the authors' vocab.txt (with --roberta-vocab)")
+    sub.add_argument("--encoder-json", metavar="FILE", help="the authors' encoder.json (with --roberta-vocab)")
 
     sub = command("demo-data", _demo_data, "Write the generated coloured-shape corpora in the real file formats.")
     sub.add_argument("--out", required=True, metavar="DIR", help="directory to write (must not exist or be a demo directory)")
@@ -111,6 +119,8 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     prepare_process()
     try:
+        if args.function in _WITH_PADDLE:
+            import_paddle()
         args.function(args)
     except UserInputError as error:
         print(f"unimo2 {args.command}: {error}", file=sys.stderr)

@@ -37,6 +37,17 @@ def prepare_process():
     _keep_memory()
 
 
+def import_paddle():
+    """Import Paddle without what it prints about ccache and thread counts, which nobody here can act on; errors come through."""
+    import contextlib
+    import io
+    import warnings
+
+    with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No ccache found")
+        import paddle  # noqa: F401
+
+
 def _keep_memory():
     import ctypes
 
