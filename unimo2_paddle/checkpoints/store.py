@@ -11,13 +11,16 @@ import re
 import shutil
 
 import numpy as np
+from safetensors import SafetensorError
 
 from unimo2_paddle.checkpoints.convert import read_json, read_safetensors, write_safetensors
 from unimo2_paddle.checkpoints.released import assign_parameters, match_parameters, parameter_arrays
 from unimo2_paddle.errors import CheckpointError
 
 MANIFEST = "manifest.json"
+FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")
 _STEP = re.compile(r"step-(\d+)")
+_UNFINISHED = re.compile(r"step-\d+\.(tmp|old)")  # left by a killed run
 
 
 def _sha256(path):
@@ -73,7 +76,7 @@ def complete_checkpoints(directory):
 
 
 def save_checkpoint(directory, step, model, optimizer, state, keep_last=3):
-    """Write the checkpoint of ``step`` and remove the oldest beyond ``keep_last``.
+    """Write the checkpoint of ``step``, then remove the oldest beyond ``keep_last`` and what a killed run left unfinished.
 
     Args:
         directory: the run's ``checkpoints`` directory; state: plain Python (step, data position, best metric).
@@ -101,14 +104,17 @@ def save_checkpoint(directory, step, model, optimizer, state, keep_last=3):
         _write_json(os.path.join(temporary, MANIFEST), manifest)
         _sync(os.path.join(temporary, MANIFEST))
         _sync(temporary)
-        if os.path.isdir(target):
-            shutil.rmtree(target)
+        if os.path.isdir(target):  # a run resumed from an earlier step comes by here again
+            shutil.rmtree(target + ".old", ignore_errors=True)
+            os.rename(target, target + ".old")
         os.rename(temporary, target)
         _sync(directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(f"cannot write the checkpoint {target}: {error.strerror or error}; earlier checkpoints are untouched") from error
-    for old in complete_checkpoints(directory)[:-keep_last]:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot write the checkpoint {target}: {reason}; earlier checkpoints are untouched") from error
+    unfinished = [os.path.join(directory, name) for name in os.listdir(directory) if _UNFINISHED.fullmatch(name)]
+    for old in complete_checkpoints(directory)[:-keep_last] + unfinished:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -118,12 +124,21 @@ def verify_checkpoint(path):
     if not os.path.isfile(os.path.join(path, MANIFEST)):
         raise CheckpointError(f"{path} is not a complete training checkpoint (no {MANIFEST}); give a directory such as "
                               "output/<run>/checkpoints/step-000500")
-    for name, facts in read_json(os.path.join(path, MANIFEST)).items():
-        file = os.path.join(path, name)
+    manifest = read_json(os.path.join(path, MANIFEST))
+    for name in sorted({*FILES, *manifest}):
+        file, facts = os.path.join(path, name), manifest.get(name)
+        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= set(facts) or os.path.basename(name) != name:
+            raise CheckpointError(f"{os.path.join(path, MANIFEST)} is damaged (its entry for {name}); use another checkpoint")
         if not os.path.isfile(file):
             raise CheckpointError(f"{path}: {name} is missing; use another checkpoint")
         if os.path.getsize(file) != facts["bytes"] or _sha256(file) != facts["sha256"]:
             raise CheckpointError(f"{file} is damaged (size or sha256 differs from the manifest); use another checkpoint")
+
+
+def _fits(key, array, shapes):
+    """Whether an accumulator belongs to one of the parameters in ``shapes``: moments as large as it, powers of beta as one number."""
+    name, _, kind = key.partition("|")
+    return name in shapes and array.shape in ((shapes[name],) if kind in ("moment1", "moment2") else ((1,), ()))
 
 
 def load_checkpoint(path, model, optimizer):
@@ -138,9 +153,12 @@ def load_checkpoint(path, model, optimizer):
     state = read_json(os.path.join(path, "state.json"))
     match_parameters(model, {name: (a.shape, a.dtype) for name, a in weights.items()}, path)
     shapes = {p.name: tuple(p.shape) for p in model.parameters()}
-    foreign = [key for key in accumulators if key.split("|")[0] not in shapes]
+    foreign = [key for key, array in accumulators.items() if not _fits(key, array, shapes)]
     if foreign:
-        raise CheckpointError(f"{path}: the optimizer state belongs to another model (for example {foreign[0]})")
+        raise CheckpointError(f"{path}: the optimizer state belongs to another model or optimizer (for example {foreign[0]}); "
+                              "resume with the configuration of that run")
+    if not isinstance(state.get("step"), int) or not {"data", "best"} <= set(state):
+        raise CheckpointError(f"{path}: state.json is not that of a training checkpoint of this version")
     assign_parameters(model, weights)
     load_optimizer(optimizer, accumulators)
     return state

@@ -22,10 +22,15 @@ def start():
 
 
 def wrap(layer, shard):
-    """The layer with averaged gradients over all workers."""
+    """The layer with averaged gradients over all workers (a ``DataParallel`` under the strategy of :func:`start`)."""
     if shard.world_size == 1:
         return layer
-    return paddle.DataParallel(layer, find_unused_parameters=True)
+    for parameter in layer.parameters():
+        # the reducer reads a gradient's memory in a row; one that is a transposed view would arrive scrambled (Paddle 3.3.1)
+        parameter.register_hook(lambda gradient: gradient.contiguous())
+    from paddle.distributed import fleet
+
+    return fleet.distributed_model(layer)
 
 
 def barrier(shard):

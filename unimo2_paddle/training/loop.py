@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 
+import numpy as np
 import paddle
 from paddle import nn
 
@@ -37,7 +38,7 @@ def to_tensors(batch):
 
 def step_seed(seed, step, micro, rank):
     """The seed of dropout in one micro-batch: a function of the position, so a resumed run draws the same masks."""
-    return (seed * 1000003 + step * 131 + micro * 17 + rank) % (1 << 31)
+    return int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1)[0] >> 1)
 
 
 def schedule_of(optim, task):
@@ -57,12 +58,15 @@ class Trainer:
         self.task, self.config, self.run_config = task, config, config.run
         self.output = config.run.output
         self.checkpoints = os.path.join(self.output, "checkpoints")
+        self.rate_at = schedule_of(config.optim, task)
         self.resume_path = self._resume_path(resume)
         self.shard = distributed.start()
         self.best = None
         self.evaluators = task.evaluators()
 
     def _resume_path(self, resume):
+        if os.path.exists(self.output) and not os.path.isdir(self.output):
+            raise UserInputError(f"run.output {self.output} is a file; give a directory")
         existing = store.complete_checkpoints(self.checkpoints)
         if resume == "none":
             if existing or os.path.isfile(os.path.join(self.output, "config.yaml")):
@@ -88,21 +92,23 @@ class Trainer:
             model.set_recompute()
         layer = distributed.wrap(_LossLayer(task, model), self.shard)
         optimizer = build_optimizer(model.parameters(), optim)
-        rate_at, total = schedule_of(optim, task), task.total_steps()
+        total = task.total_steps()
         state = {"step": 0, "data": None, "best": None}
         if self.resume_path:
             state = store.load_checkpoint(self.resume_path, model, optimizer)
         first, self.best = state["step"], state["best"]
+        if first > total:
+            raise CheckpointError(f"{self.resume_path} is at step {first}, this run ends at step {total}; give it more steps")
         batches = task.train_batches(self.shard, state["data"])
         self._start_output()
         log = RunLog(self.output, self.shard.rank == 0, total, task.steps_per_epoch(), first, run.progress)
-        self._announce(log, model, first, total)
         try:
+            self._announce(log, model, first, total)
             for step in range(first, total):
-                self._step(step, layer, optimizer, batches, rate_at(step), log)
+                self._step(step, layer, optimizer, batches, self.rate_at(step), log)
                 done = step + 1
                 if done % run.log_every == 0 or done == total:
-                    log.flush(done, rate_at(step))
+                    log.flush(done, self.rate_at(step))
                 last = done == total
                 if self._evaluate(done, last and run.evaluate_at_end, model, log):
                     self._save_best(model)
@@ -110,13 +116,19 @@ class Trainer:
                     self._save(done, model, optimizer, batches)
             return self.best
         finally:
+            batches.close()
             log.close()
 
     def _start_output(self):
         if self.shard.rank == 0:
-            os.makedirs(self.output, exist_ok=True)
-            with open(os.path.join(self.output, "config.yaml"), "w", encoding="utf-8") as file:
-                file.write(self.config.to_yaml())
+            path = os.path.join(self.output, "config.yaml")
+            try:
+                os.makedirs(self.output, exist_ok=True)
+                with open(path + ".tmp", "w", encoding="utf-8") as file:
+                    file.write(self.config.to_yaml())
+                os.replace(path + ".tmp", path)
+            except OSError as error:
+                raise UserInputError(f"run.output {self.output} cannot be written: {error.strerror}; give another directory") from None
         distributed.barrier(self.shard)
 
     def _announce(self, log, model, first, total):
@@ -200,14 +212,16 @@ class Trainer:
         if self.shard.rank == 0:
             state = {"step": step, "data": batches.state_dict(), "best": self.best}
             store.save_checkpoint(self.checkpoints, step, model, optimizer, state, self.run_config.keep_last)
-            if not self.evaluators and step == self.task.total_steps():
-                self._save_best(model)
+            if self.best is None and step == self.task.total_steps():
+                self._save_best(model)  # nothing was judged: the last model is the best there is
         distributed.barrier(self.shard)
 
 
 def train_from_config(path, overrides=(), resume="none"):
     """``unimo2 train``: run the configuration at ``path``."""
     config = load_run_config(path, overrides)
+    if "optim" not in config.groups:
+        raise UserInputError(f"{path}: task {config.task} cannot be trained, only evaluated (unimo2 eval)")
     task = task_class(config.task)(config)
     trainer = Trainer(task, config, resume)
     best = trainer.run()
