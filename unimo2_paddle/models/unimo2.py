@@ -95,12 +95,14 @@ class Unimo2Model(nn.Layer):
 
     Args:
         config: a ``Unimo2Config``.
-        vision: ``False`` leaves the ViT out (text-only tasks).
+        vision: ``False`` leaves the ViT out (text-only tasks); text: ``False`` leaves the text encoder out (image-only tasks).
         heads: which output heads exist; default: pooling, matching, masked_lm, and masked_grounding when ``config.with_grounding_mask``.
     """
 
-    def __init__(self, config, vision=True, heads=None):
+    def __init__(self, config, vision=True, heads=None, text=True):
         super().__init__()
+        if not text and config.with_grounding_pos:
+            raise UserInputError("with_grounding_pos takes its positions from the text encoder, which this model is built without (text=False)")
         if heads is None:
             heads = HEADS if config.with_grounding_mask and config.model_type == "grounded" else HEADS[:3]
         unknown = set(heads) - set(HEADS)
@@ -110,7 +112,7 @@ class Unimo2Model(nn.Layer):
         self.config, self.heads = config, tuple(heads)
         self.grounded = config.model_type == "grounded"
         self.vision = VisionTransformer(config) if vision else None
-        self.text = TextEncoder(config)
+        self.text = TextEncoder(config) if text else None
         self.grounded_encoder = Encoder(
             "grounded", config.grounding_enc_layers, hidden, config.num_attention_heads, config.hidden_act,
             config.hidden_dropout_prob, config.attention_probs_dropout_prob, std)
@@ -120,7 +122,8 @@ class Unimo2Model(nn.Layer):
         self.contrastive_temperature = self.create_parameter([1], attr=paddle.ParamAttr(
             name="cmcl_temperature", initializer=nn.initializer.Constant(0.07)))
         if "pooling" in heads:
-            self.text_pooler = Pooler("grounded.pooled_fc_text", hidden, std)
+            if text:
+                self.text_pooler = Pooler("grounded.pooled_fc_text", hidden, std)
             if vision:
                 self.image_pooler = Pooler("grounded.pooled_fc_image", hidden, std)
         if config.with_cmcl_projection and config.cmcl_share_parameters:
@@ -129,9 +132,9 @@ class Unimo2Model(nn.Layer):
         elif config.with_cmcl_projection:
             self.contrastive_text = linear("grounded.cmcl_pooled_fc_text", hidden, hidden, std)
             self.contrastive_image = linear("grounded.cmcl_pooled_fc_image", hidden, hidden, std)
-        if "matching" in heads and vision:
+        if "matching" in heads and vision and text:
             self.matching = linear("grounded.img_text_matching_fc", hidden, 2, std)
-        if "masked_lm" in heads:
+        if "masked_lm" in heads and text:
             self.masked_lm = TiedPredictor(
                 "grounded.mask_lm", hidden, config.text_vocab_size, config.hidden_act, std, tied=config.weight_sharing)
         if "masked_grounding" in heads and self.grounded:
@@ -140,8 +143,10 @@ class Unimo2Model(nn.Layer):
 
     def set_recompute(self, enabled=True):
         """Recompute layer activations in the backward pass instead of keeping them (memory for time)."""
-        for encoder in [self.text.encoder, self.grounded_encoder] + ([self.vision.encoder] if self.vision else []):
-            encoder.recompute = enabled
+        for part in (self.text, self.vision):
+            if part is not None:
+                part.encoder.recompute = enabled
+        self.grounded_encoder.recompute = enabled
 
     def encode_image(self, image):
         """ViT states ``[B, 1+P, H]`` of ``image`` float32 ``[B, S, S, 3]``."""
@@ -151,6 +156,8 @@ class Unimo2Model(nn.Layer):
 
     def encode_text(self, input_ids, position_ids, text_mask):
         """Text states ``[B, L, H]`` of ``input_ids``, ``position_ids`` int64 ``[B, L]``, ``text_mask`` ``[B, L]`` or ``[B, L, L]``."""
+        if self.text is None:
+            raise UserInputError("this model was built without its text encoder (text=False) but was given text")
         return self.text(input_ids, position_ids, text_mask)
 
     def ground(self, image_states=None, text_states=None, text_mask=None, layout="pair", with_loss=True):
