@@ -302,6 +302,7 @@ def test_every_parameter_receives_a_gradient_from_the_sum_of_all_heads(variant):
     assert dead == WITHOUT_GRADIENT.get(variant, set())
 
 
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2.6.2 cannot keep the random state of its recompute on CPU")
 def test_recompute_gives_equal_gradients_with_dropout():
     gradients = []
     for enabled in (False, True):
