@@ -51,7 +51,7 @@ class MixturePlan:
     def __init__(self, sources, weights, global_batch, seed, accumulate=1, rank=0, world_size=1, state=None):
         self.sources, self.global_batch, self.seed = sources, global_batch, seed
         self.accumulate, self.rank, self.world_size = accumulate, rank, world_size
-        self.corpora = [c for c in CORPORA if weights.get(c, 0) > 0]
+        self.corpora = [c for c in (*CORPORA, *sorted(set(weights) - set(CORPORA))) if weights.get(c, 0) > 0]
         shares = np.array([weights[c] for c in self.corpora], dtype=np.float64)
         self.thresholds = np.cumsum(shares / shares.sum())
         if state is None:

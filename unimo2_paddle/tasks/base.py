@@ -107,6 +107,12 @@ def normalise_tensor(image):
     return image.astype("float32") * (2.0 / 255.0) - 1.0
 
 
+def to_tensors(batch):
+    """The arrays of a batch as tensors; everything else stays."""
+    return {key: paddle.to_tensor(value) if hasattr(value, "dtype") and not isinstance(value, paddle.Tensor) else value
+            for key, value in batch.items()}
+
+
 @dataclass
 class RunSection:
     """Group ``run``: where the output goes, how often things happen. Steps are optimizer steps."""
@@ -118,12 +124,13 @@ class RunSection:
     save_every: int = 0             # 0: only at the end
     keep_last: int = 3
     evaluate_at_end: bool = True
+    early_stop: int = 0             # stop after so many evaluations without a better one; 0: never
     progress: bool = True
 
     def problems(self):
         found = [] if self.output else ["output: is empty; give a directory"]
         return found + [f"{key}: must be at least {low}, is {getattr(self, key)}"
-                        for key, low in (("log_every", 1), ("save_every", 0), ("keep_last", 1), ("seed", 0)) if getattr(self, key) < low]
+                        for key, low in (("log_every", 1), ("save_every", 0), ("early_stop", 0), ("keep_last", 1), ("seed", 0)) if getattr(self, key) < low]
 
 
 @dataclass
@@ -175,6 +182,9 @@ class Task:
     def evaluators(self):
         """Objects with ``name``, ``every_steps`` and ``run(model) -> dict[str, float]``."""
         return []
+
+    def save_assets(self, directory):
+        """Optional files beside a saved model (vocabulary, labels)."""
 
     def illustrate(self, model, writer, step):
         """Optional pictures and texts for the board (called after evaluations)."""

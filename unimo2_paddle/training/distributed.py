@@ -46,3 +46,12 @@ def average(values, shard):
     tensor = paddle.to_tensor([values[name] for name in sorted(values)], dtype="float64")
     dist.all_reduce(tensor)
     return dict(zip(sorted(values), (tensor / shard.world_size).tolist()))
+
+
+def from_first(value, shard):
+    """The first worker's integer on every worker."""
+    if shard.world_size == 1:
+        return value
+    tensor = paddle.to_tensor([value], dtype="int64")
+    dist.broadcast(tensor, src=0)
+    return int(tensor)

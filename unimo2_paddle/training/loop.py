@@ -12,7 +12,7 @@ from unimo2_paddle.checkpoints import store
 from unimo2_paddle.checkpoints.pretrained import save_pretrained
 from unimo2_paddle.config import load_run_config
 from unimo2_paddle.errors import CheckpointError, TrainingError, UserInputError
-from unimo2_paddle.tasks.base import task_class
+from unimo2_paddle.tasks.base import task_class, to_tensors
 from unimo2_paddle.training import distributed
 from unimo2_paddle.training.logging import RunLog
 from unimo2_paddle.training.optim import build_optimizer
@@ -28,12 +28,6 @@ class _LossLayer(nn.Layer):
 
     def forward(self, batch):
         return self.task.loss(self.model, batch)
-
-
-def to_tensors(batch):
-    """The arrays of a batch as tensors; everything else stays."""
-    return {key: paddle.to_tensor(value) if hasattr(value, "dtype") and not isinstance(value, paddle.Tensor) else value
-            for key, value in batch.items()}
 
 
 def step_seed(seed, step, micro, rank):
@@ -61,7 +55,7 @@ class Trainer:
         self.rate_at = schedule_of(config.optim, task)
         self.resume_path = self._resume_path(resume)
         self.shard = distributed.start()
-        self.best = None
+        self.best, self.stale = None, 0  # stale: judging evaluations since the best one
         self.evaluators = task.evaluators()
 
     def _resume_path(self, resume):
@@ -96,7 +90,7 @@ class Trainer:
         state = {"step": 0, "data": None, "best": None}
         if self.resume_path:
             state = store.load_checkpoint(self.resume_path, model, optimizer)
-        first, self.best = state["step"], state["best"]
+        first, self.best, self.stale = state["step"], state["best"], state.get("stale", 0)
         if first > total:
             raise CheckpointError(f"{self.resume_path} is at step {first}, this run ends at step {total}; give it more steps")
         batches = task.train_batches(self.shard, state["data"])
@@ -112,6 +106,10 @@ class Trainer:
                 last = done == total
                 if self._evaluate(done, last and run.evaluate_at_end, model, log):
                     self._save_best(model)
+                if run.early_stop and distributed.from_first(self.stale, self.shard) >= run.early_stop and not last:
+                    log.write(f"step {done}: stopped early, {run.early_stop} evaluations without a better {task.selection}")
+                    self._save(done, model, optimizer, batches)
+                    break
                 if last or (run.save_every and done % run.save_every == 0):
                     self._save(done, model, optimizer, batches)
             return self.best
@@ -181,16 +179,21 @@ class Trainer:
                 shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
                 log.write(f"step {step}, {evaluator.name}: {shown} ({time.perf_counter() - started:.1f} s)")
                 improved |= self._is_best(step, evaluator.name, metrics)
+                self.stale = 0 if improved else self.stale + self._judges(evaluator.name)
             if log.board is not None:
                 self.task.illustrate(model, log.board, step)
         distributed.barrier(self.shard)
         return improved
 
+    def _judges(self, name):
+        """Whether the evaluator called ``name`` holds the metric that chooses the best checkpoint."""
+        return self.task.selection.lstrip("-").partition("/")[0] == name
+
     def _is_best(self, step, name, metrics):
         selection = self.task.selection
         sign, key = (-1, selection[1:]) if selection.startswith("-") else (1, selection)
-        group, _, metric = key.partition("/")
-        if group != name or metric not in metrics:
+        metric = key.partition("/")[2]
+        if not self._judges(name) or metric not in metrics:
             return False
         if self.best is None or sign * metrics[metric] > sign * self.best["value"]:
             self.best = {"step": step, "metric": key, "value": metrics[metric]}
@@ -203,6 +206,7 @@ class Trainer:
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         save_pretrained(model, fresh)
+        self.task.save_assets(fresh)
         if os.path.isdir(best):
             os.rename(best, old)
         os.rename(fresh, best)
@@ -210,7 +214,7 @@ class Trainer:
 
     def _save(self, step, model, optimizer, batches):
         if self.shard.rank == 0:
-            state = {"step": step, "data": batches.state_dict(), "best": self.best}
+            state = {"step": step, "data": batches.state_dict(), "best": self.best, "stale": self.stale}
             store.save_checkpoint(self.checkpoints, step, model, optimizer, state, self.run_config.keep_last)
             if self.best is None and step == self.task.total_steps():
                 self._save_best(model)  # nothing was judged: the last model is the best there is

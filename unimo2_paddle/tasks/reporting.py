@@ -1,0 +1,88 @@
+"""Reports people look at: predictions as JSON lines and one HTML page with pictures, right and wrong examples."""
+import base64
+import html
+import json
+import os
+
+THUMBNAIL = 160
+_STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+          "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .7rem;text-align:left;vertical-align:top}"
+          "th{background:#f4f4f4}.right{border-left:.4rem solid #2a9d4a}.wrong{border-left:.4rem solid #d1432f}"
+          ".card{display:flex;gap:1rem;margin:.7rem 0;padding:.5rem .8rem;background:#fafafa}.card img{max-width:10rem;align-self:flex-start}")
+
+
+def write_json(path, values):
+    """Write a mapping as an indented JSON file, all or nothing."""
+    _replace(path, json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+
+
+def write_predictions(path, rows):
+    """Write one JSON object per line, all or nothing.
+
+    Args:
+        path: target file; rows: iterable of plain mappings (inputs, outputs, scores).
+    """
+    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _replace(path, text):
+    temporary = f"{path}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def thumbnail(image_path):
+    """A picture as an ``<img>`` element with the data inside the page; an unreadable one as a note."""
+    import cv2
+
+    from unimo2_paddle.data.images import decode_image
+    from unimo2_paddle.errors import ImageError
+
+    try:
+        image = decode_image(image_path)
+    except ImageError as error:
+        return f"<em>{html.escape(str(error))}</em>"
+    scale = THUMBNAIL / max(image.shape[:2])
+    if scale < 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    data = cv2.imencode(".jpg", image[:, :, ::-1])[1].tobytes()
+    return f'<img alt="{html.escape(os.path.basename(str(image_path)))}" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
+
+
+def write_html_report(path, title, metrics, examples, notes=(), tables=()):
+    """Write a self-contained page.
+
+    Args:
+        title: headline; metrics: ``{name: float}``.
+        examples: mappings with ``correct`` (bool), optional ``image`` (path), and other fields shown as text.
+        notes: sentences under the headline; tables: (caption, header list, rows) triples, for example a confusion matrix.
+    """
+    parts = [f"<!doctype html><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html.escape(title)}</title>"
+             f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>"]
+    parts += [f"<p>{html.escape(note)}</p>" for note in notes]
+    parts.append(_table("Metrics", ["metric", "value"], [[name, f"{value:.4f}"] for name, value in metrics.items()]))
+    parts += [_table(*table) for table in tables]
+    for heading, wanted in (("Wrong", False), ("Right", True)):
+        chosen = [example for example in examples if bool(example["correct"]) == wanted]
+        parts.append(f"<h2>{heading} ({len(chosen)} shown)</h2>")
+        parts += [_card(example) for example in chosen]
+    _replace(path, "\n".join(parts) + "\n")
+
+
+def _table(caption, header, rows):
+    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<h2>{html.escape(caption)}</h2><table><tr>{head}</tr>{body}</table>"
+
+
+def _card(example):
+    picture = thumbnail(example["image"]) if example.get("image") else ""
+    fields = "".join(f"<div><b>{html.escape(str(key))}</b> {html.escape(str(value))}</div>"
+                     for key, value in example.items() if key not in ("image", "correct"))
+    return f"<div class='card {'right' if example['correct'] else 'wrong'}'>{picture}<div>{fields}</div></div>"
+
+
+def right_and_wrong(rows, most=12):
+    """Up to ``most`` wrong and ``most`` right rows (mappings with ``correct``), in order."""
+    return [r for r in rows if not r["correct"]][:most] + [r for r in rows if r["correct"]][:most]
