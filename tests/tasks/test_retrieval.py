@@ -293,6 +293,8 @@ def test_weights_with_nan_are_reported(world):
 
 @pytest.mark.parametrize("overrides, arguments, message", [
     ({}, {"heads": ["masked_lm"]}, "pooling and matching heads"),
+    ({}, {"vision": False, "heads": ["pooling"]}, "visual and text Transformers"),
+    ({}, {"text": False, "heads": ["pooling"]}, "visual and text Transformers"),
     ({"text_vocab_size": 200}, {}, "model's vocabulary has 200 entries"),
     ({"text_max_position_embeddings": 12}, {}, "data.max_text_len to at most 10"),
 ])

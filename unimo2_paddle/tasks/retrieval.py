@@ -228,8 +228,8 @@ class RetrievalEvaluator:
 
     def _check(self, model):
         config = model.config
-        if model.vision is None or not {"pooling", "matching"} <= set(model.heads):
-            raise UserInputError("retrieval needs a model with its visual Transformer and the pooling and matching heads")
+        if model.vision is None or model.text is None or not {"pooling", "matching"} <= set(model.heads):
+            raise UserInputError("retrieval needs a model with its visual and text Transformers and the pooling and matching heads")
         largest_id = max(max(ids) for ids in self.dataset.tokens)
         if largest_id >= config.text_vocab_size:
             raise UserInputError(f"a caption has token id {largest_id}, the model's vocabulary has {config.text_vocab_size} "
