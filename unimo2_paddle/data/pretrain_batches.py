@@ -115,12 +115,19 @@ class BadRecords:
                             f"They are listed in {self.path}; repair the data or raise data.max_bad_ratio")
 
     def _read(self):
+        found = set()
         try:
             with open(self.path, encoding="utf-8") as file:
-                entries = [json.loads(line) for line in file]
-            return {(entry["shard"], entry["key"]) for entry in entries}
-        except (OSError, ValueError, KeyError, TypeError):
-            return set()  # none yet, or the last line was cut off when the run was killed
+                lines = file.readlines()
+        except OSError:
+            return found  # none yet
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                found.add((entry["shard"], entry["key"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off when a run was killed
+        return found
 
 
 def _place(reader, index):
