@@ -15,6 +15,11 @@ from unimo2_paddle.training.optim import OptimConfig
 TASKS = {
     "pretrain": "unimo2_paddle.tasks.pretrain:PretrainTask",
     "retrieval": "unimo2_paddle.tasks.retrieval:RetrievalTask",
+    "vqa": "unimo2_paddle.tasks.vqa:VqaTask",
+    "entailment": "unimo2_paddle.tasks.entailment:EntailmentTask",
+    "captioning": "unimo2_paddle.tasks.captioning:CaptioningTask",
+    "glue": "unimo2_paddle.tasks.glue:GlueTask",
+    "imagenet": "unimo2_paddle.tasks.imagenet:ImagenetTask",
 }
 CONFIG_DIRECTORY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models", "configs")
 
