@@ -121,3 +121,11 @@ def unimo2(capsys):
         return Outcome(status, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_config():
+    """The ``Unimo2Config`` of the tiny run."""
+    from unimo2_paddle.tasks.base import ModelSection
+
+    return ModelSection(TINY_MODEL["config"], overrides={key: value for key, value in TINY_MODEL.items() if key != "config"}).model_config()

@@ -54,11 +54,20 @@ def optimizer_arrays(optimizer):
     return arrays
 
 
-def load_optimizer(optimizer, arrays):
-    """Put accumulators back into a fresh optimizer (before its first step)."""
+def load_optimizer(optimizer, arrays, parameters):
+    """Put accumulators back into a fresh Adam optimizer (before its first step).
+
+    Parameters without any (they had no gradient yet) get those of a first step, which Paddle demands once a state is loaded.
+    """
     import paddle
 
-    optimizer.set_state_dict({f"{key.replace('|', '_')}_0": paddle.to_tensor(array) for key, array in arrays.items()})
+    state = {}
+    for parameter in parameters:
+        start = {"moment1": np.zeros(parameter.shape, "float32"), "moment2": np.zeros(parameter.shape, "float32"),
+                 "beta1_pow_acc": np.full([1], optimizer._beta1, "float32"), "beta2_pow_acc": np.full([1], optimizer._beta2, "float32")}
+        for kind, array in start.items():
+            state[f"{parameter.name}_{kind}_0"] = paddle.to_tensor(arrays.get(f"{parameter.name}|{kind}", array))
+    optimizer.set_state_dict(state)
 
 
 def step_of(path):
@@ -160,5 +169,5 @@ def load_checkpoint(path, model, optimizer):
     if not isinstance(state.get("step"), int) or not {"data", "best"} <= set(state):
         raise CheckpointError(f"{path}: state.json is not that of a training checkpoint of this version")
     assign_parameters(model, weights)
-    load_optimizer(optimizer, accumulators)
+    load_optimizer(optimizer, accumulators, model.parameters())
     return state

@@ -153,7 +153,8 @@ class Trainer:
                                 "lower optim.learning_rate or look at the data of this step")
         optimizer.set_lr(rate)
         optimizer.step()
-        optimizer.clear_grad()
+        # no gradient rather than a zero one: what a step does not train stays as it is, in a resumed run as in the first
+        optimizer.clear_grad(set_to_zero=False)
         log.step(distributed.average(terms, self.shard), samples, reader_cost, time.perf_counter() - start)
 
     def _backward(self, layer, batch, accumulate, last):
