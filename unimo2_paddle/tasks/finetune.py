@@ -90,8 +90,10 @@ class FinetuneTask(Task):
         return train.max_steps or train.epochs * self.steps_per_epoch()
 
     def evaluate_every(self):
-        """Steps between evaluations (0: only at the end)."""
+        """Steps between evaluations (0: only at the end). Evaluation alone has read no training data, and needs none."""
         settings = self.config.eval
+        if "train" not in self._datasets:
+            return 0
         if settings.every_steps:
             return settings.every_steps
         return max(1, int(round(settings.every_epochs * self.steps_per_epoch()))) if settings.every_epochs else 0
