@@ -2,7 +2,7 @@
 
 A checkpoint is written into ``step-N.tmp``, every file fsynced, the manifest (sha256 of each file) last, then renamed. It holds
 ``config.json`` and ``model.safetensors`` (so it is also a model directory for ``from_pretrained``), ``optimizer.safetensors`` and
-``state.json`` (step, data position, best metric).
+``state.json`` (step, data position, best metric); a run that averages its weights adds ``average.safetensors``.
 """
 import hashlib
 import json
@@ -19,6 +19,7 @@ from unimo2_paddle.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")
+AVERAGE = "average.safetensors"
 _STEP = re.compile(r"step-(\d+)")
 _UNFINISHED = re.compile(r"step-\d+\.(tmp|old)")  # left by a killed run
 
@@ -84,11 +85,12 @@ def complete_checkpoints(directory):
     return sorted((p for p in found if os.path.isfile(os.path.join(p, MANIFEST))), key=step_of)
 
 
-def save_checkpoint(directory, step, model, optimizer, state, keep_last=3):
+def save_checkpoint(directory, step, model, optimizer, state, keep_last=3, average=None):
     """Write the checkpoint of ``step``, then remove the oldest beyond ``keep_last`` and what a killed run left unfinished.
 
     Args:
         directory: the run's ``checkpoints`` directory; state: plain Python (step, data position, best metric).
+        average: the run's ``WeightAverage``, if it has one.
 
     Returns:
         the checkpoint's path.
@@ -103,6 +105,8 @@ def save_checkpoint(directory, step, model, optimizer, state, keep_last=3):
         os.makedirs(temporary)
         write_safetensors(os.path.join(temporary, "model.safetensors"), parameter_arrays(model))
         write_safetensors(os.path.join(temporary, "optimizer.safetensors"), optimizer_arrays(optimizer))
+        if average is not None:
+            write_safetensors(os.path.join(temporary, AVERAGE), average.arrays())
         model.config.to_json(os.path.join(temporary, "config.json"))
         _write_json(os.path.join(temporary, "state.json"), state)
         manifest = {}
@@ -150,8 +154,8 @@ def _fits(key, array, shapes):
     return name in shapes and array.shape in ((shapes[name],) if kind in ("moment1", "moment2") else ((1,), ()))
 
 
-def load_checkpoint(path, model, optimizer):
-    """Verify a checkpoint, then load weights and optimizer; returns its state mapping.
+def load_checkpoint(path, model, optimizer, average=None):
+    """Verify a checkpoint, then load weights, optimizer and, if the run has one, its ``WeightAverage``; returns its state mapping.
 
     Raises:
         CheckpointError: incomplete, damaged, or of another model or optimizer; nothing has been changed then.
@@ -168,6 +172,20 @@ def load_checkpoint(path, model, optimizer):
                               "resume with the configuration of that run")
     if not isinstance(state.get("step"), int) or not {"data", "best"} <= set(state):
         raise CheckpointError(f"{path}: state.json is not that of a training checkpoint of this version")
+    averages = _read_average(path, model) if average is not None else None
     assign_parameters(model, weights)
+    if averages is not None:
+        average.load(averages)
     load_optimizer(optimizer, accumulators, model.parameters())
     return state
+
+
+def _read_average(path, model):
+    """The averaged weights of a checkpoint, one for every parameter of the model."""
+    file = os.path.join(path, AVERAGE)
+    if not os.path.isfile(file):
+        raise CheckpointError(f"{path} has no {AVERAGE}: its run did not average weights; resume with optim.ema=0, or start a new run "
+                              "from its weights with model.init")
+    arrays = read_safetensors(file)
+    match_parameters(model, {name: (a.shape, a.dtype) for name, a in arrays.items()}, file)
+    return arrays

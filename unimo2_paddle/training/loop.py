@@ -1,4 +1,5 @@
 """The training loop: a straight line from batches to checkpoints. It knows a task only through the ``Task`` protocol."""
+import contextlib
 import math
 import os
 import shutil
@@ -14,6 +15,7 @@ from unimo2_paddle.config import load_run_config
 from unimo2_paddle.errors import CheckpointError, TrainingError, UserInputError
 from unimo2_paddle.tasks.base import task_class, to_tensors
 from unimo2_paddle.training import distributed
+from unimo2_paddle.training.averaging import WeightAverage
 from unimo2_paddle.training.logging import RunLog
 from unimo2_paddle.training.optim import build_optimizer
 from unimo2_paddle.training.schedule import ScheduleConfig, make_schedule
@@ -56,6 +58,7 @@ class Trainer:
         self.resume_path = self._resume_path(resume)
         self.shard = distributed.start()
         self.best, self.stale = None, 0  # stale: judging evaluations since the best one
+        self.average = None
         self.evaluators = task.evaluators()
 
     def _resume_path(self, resume):
@@ -86,10 +89,12 @@ class Trainer:
             model.set_recompute()
         layer = distributed.wrap(_LossLayer(task, model), self.shard)
         optimizer = build_optimizer(model.parameters(), optim)
+        if optim.ema:
+            self.average = WeightAverage(model.parameters(), optim.ema)
         total = task.total_steps()
         state = {"step": 0, "data": None, "best": None}
         if self.resume_path:
-            state = store.load_checkpoint(self.resume_path, model, optimizer)
+            state = store.load_checkpoint(self.resume_path, model, optimizer, self.average)
         first, self.best, self.stale = state["step"], state["best"], state.get("stale", 0)
         if first > total:
             raise CheckpointError(f"{self.resume_path} is at step {first}, this run ends at step {total}; give it more steps")
@@ -104,8 +109,11 @@ class Trainer:
                 if done % run.log_every == 0 or done == total:
                     log.flush(done, self.rate_at(step))
                 last = done == total
-                if self._evaluate(done, last and run.evaluate_at_end, model, log):
-                    self._save_best(model)
+                due = self._due(done, last and run.evaluate_at_end)
+                if due:
+                    with self._judged_weights():
+                        if self._evaluate(done, due, model, log):
+                            self._save_best(model)
                 if run.early_stop and distributed.from_first(self.stale, self.shard) >= run.early_stop and not last:
                     log.write(f"step {done}: stopped early, {run.early_stop} evaluations without a better {task.selection}")
                     self._save(done, model, optimizer, batches)
@@ -153,6 +161,8 @@ class Trainer:
                                 "lower optim.learning_rate or look at the data of this step")
         optimizer.set_lr(rate)
         optimizer.step()
+        if self.average is not None:
+            self.average.update(step)
         # no gradient rather than a zero one: what a step does not train stays as it is, in a resumed run as in the first
         optimizer.clear_grad(set_to_zero=False)
         log.step(distributed.average(terms, self.shard), samples, reader_cost, time.perf_counter() - start)
@@ -168,11 +178,14 @@ class Trainer:
             (losses["loss"] / accumulate).backward()
         return losses
 
-    def _evaluate(self, step, at_end, model, log):
-        """Run the evaluators that are due; returns whether the selection metric reached a new best."""
-        due = [e for e in self.evaluators if at_end or (e.every_steps and step % e.every_steps == 0)]
+    def _due(self, step, at_end):
+        """The evaluators that run after this step."""
+        return [e for e in self.evaluators if at_end or (e.every_steps and step % e.every_steps == 0)]
+
+    def _evaluate(self, step, due, model, log):
+        """Run the evaluators ``due``; returns whether the selection metric reached a new best."""
         improved = False
-        if due and self.shard.rank == 0:
+        if self.shard.rank == 0:
             for evaluator in due:
                 started = time.perf_counter()
                 metrics = evaluator.run(model)
@@ -185,6 +198,10 @@ class Trainer:
                 self.task.illustrate(model, log.board, step)
         distributed.barrier(self.shard)
         return improved
+
+    def _judged_weights(self):
+        """Inside, the model has the weights that are judged and kept: the averaged ones if the run averages."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     def _judges(self, name):
         """Whether the evaluator called ``name`` holds the metric that chooses the best checkpoint."""
@@ -216,9 +233,10 @@ class Trainer:
     def _save(self, step, model, optimizer, batches):
         if self.shard.rank == 0:
             state = {"step": step, "data": batches.state_dict(), "best": self.best, "stale": self.stale}
-            store.save_checkpoint(self.checkpoints, step, model, optimizer, state, self.run_config.keep_last)
+            store.save_checkpoint(self.checkpoints, step, model, optimizer, state, self.run_config.keep_last, self.average)
             if self.best is None and step == self.task.total_steps():
-                self._save_best(model)  # nothing was judged: the last model is the best there is
+                with self._judged_weights():
+                    self._save_best(model)  # nothing was judged: the last model is the best there is
         distributed.barrier(self.shard)
 
 
