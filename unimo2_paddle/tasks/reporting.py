@@ -13,7 +13,7 @@ _STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem a
 
 def write_json(path, values):
     """Write a mapping as an indented JSON file, all or nothing."""
-    _replace(path, json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def write_predictions(path, rows):
@@ -22,10 +22,11 @@ def write_predictions(path, rows):
     Args:
         path: target file; rows: iterable of plain mappings (inputs, outputs, scores).
     """
-    _replace(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _replace(path, text):
+def write_text(path, text):
+    """Write a text file, all or nothing."""
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -67,7 +68,7 @@ def write_html_report(path, title, metrics, examples, notes=(), tables=()):
         chosen = [example for example in examples if bool(example["correct"]) == wanted]
         parts.append(f"<h2>{heading} ({len(chosen)} shown)</h2>")
         parts += [_card(example) for example in chosen]
-    _replace(path, "\n".join(parts) + "\n")
+    write_text(path, "\n".join(parts) + "\n")
 
 
 def _table(caption, header, rows):
