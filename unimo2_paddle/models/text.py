@@ -33,9 +33,11 @@ class TextEncoder(nn.Layer):
             "text", config.text_enc_layers, hidden, config.text_num_attention_heads, config.text_hidden_act,
             config.text_hidden_dropout_prob, config.text_attention_probs_dropout_prob, std)
 
-    def forward(self, input_ids, position_ids, text_mask):
-        """States ``[B, L, H]`` of ``input_ids`` and ``position_ids`` int64 ``[B, L]`` under ``text_mask`` ``[B, L]`` or ``[B, L, L]``."""
+    def embed(self, input_ids, position_ids):
+        """Normed embeddings ``[B, L, H]``, the input of the first layer."""
         states = self.norm(self.words(input_ids) + self.positions(position_ids))
-        if self.hidden_dropout:
-            states = F.dropout(states, self.hidden_dropout, training=self.training)
-        return self.encoder(states, text_visibility(text_mask))
+        return F.dropout(states, self.hidden_dropout, training=self.training) if self.hidden_dropout else states
+
+    def forward(self, input_ids, position_ids, text_mask, caches=None):
+        """States ``[B, L, H]`` of ``input_ids`` and ``position_ids`` int64 ``[B, L]`` under ``text_mask`` ``[B, L]`` or ``[B, L, L]``."""
+        return self.encoder(self.embed(input_ids, position_ids), text_visibility(text_mask), caches=caches)

@@ -40,6 +40,37 @@ def mask_to_bias(mask, num_heads):
     return bias.unsqueeze(1).expand([-1, num_heads, -1, -1])
 
 
+class LayerCache:
+    """Keys and values of one layer during decoding: of the prefix that all beams of an image share, and of every beam's own tokens.
+
+    Attributes:
+        prefix: (keys, values) ``[B, S, N, D]`` or ``None``; own: (keys, values) ``[B, K, T, N, D]`` or ``None``.
+    """
+
+    def __init__(self):
+        self.prefix = self.own = None
+
+    def append(self, keys, values):
+        """Add ``[B, K, 1, N, D]`` to the own tokens; returns all of them."""
+        if self.own is not None:
+            keys, values = (paddle.concat(pair, axis=2) for pair in zip(self.own, (keys, values)))
+        self.own = (keys, values)
+        return self.own
+
+    def select(self, images, parents):
+        """Go on with other beams.
+
+        Args:
+            images: int64 [b], the images that stay, or ``None`` when all do.
+            parents: int64 ``[b, K]``, for every beam the one it continues, counted over the beams of all images.
+        """
+        if images is not None and self.prefix is not None:
+            self.prefix = tuple(paddle.index_select(part, images) for part in self.prefix)
+        rest = self.own[0].shape[2:]
+        self.own = tuple(paddle.index_select(part.reshape([-1, *rest]), parents.reshape([-1])).reshape([*parents.shape, *rest])
+                         for part in self.own)
+
+
 class MultiHeadAttention(nn.Layer):
     """Scaled dot-product attention; the query is scaled before the product, as the authors do."""
 
@@ -51,13 +82,23 @@ class MultiHeadAttention(nn.Layer):
         self.value = linear(f"{name}_value_fc", hidden_size, hidden_size, init_std)
         self.output = linear(f"{name}_output_fc", hidden_size, hidden_size, init_std)
 
-    def forward(self, queries, states, bias=None):
-        """Attend from ``queries`` [B, T, H] to ``states`` [B, S, H] under ``bias`` [B, heads, T, S]; returns [B, T, H]."""
+    def _heads(self, states):
+        # a 0 keeps the axis: works for any batch and in static graph
+        return states.reshape([0, 0, self.num_heads, states.shape[-1] // self.num_heads])
+
+    def _project(self, queries, states):
+        """Scaled query [B, T, N, D], key and value [B, S, N, D]."""
         size = queries.shape[-1] // self.num_heads
-        heads = [0, 0, self.num_heads, size]  # a 0 keeps the axis: works for any batch and in static graph
-        query = self.query(queries).scale(size ** -0.5).reshape(heads)  # [B, T, N, D]
-        key = self.key(states).reshape(heads)  # [B, S, N, D]
-        value = self.value(states).reshape(heads)
+        return self._heads(self.query(queries).scale(size ** -0.5)), self._heads(self.key(states)), self._heads(self.value(states))
+
+    def forward(self, queries, states, bias=None, cache=None):
+        """Attend from ``queries`` [B, T, H] to ``states`` [B, S, H] under ``bias`` [B, heads, T, S]; returns [B, T, H].
+
+        A ``cache`` (:class:`LayerCache`) keeps keys and values as the prefix of a decoding.
+        """
+        query, key, value = self._project(queries, states)
+        if cache is not None:
+            cache.prefix = (key, value)
         # einsum on [B, T, N, D] needs no transposed copies: several times faster than matmul on transposed views (CPU)
         scores = paddle.einsum("btnd,bsnd->bnts", query, key)
         if bias is not None:
@@ -66,6 +107,30 @@ class MultiHeadAttention(nn.Layer):
         if self.dropout:
             weights = F.dropout(weights, self.dropout, training=self.training)
         context = paddle.einsum("bnts,bsnd->btnd", weights, value)
+        return self.output(context.reshape([0, 0, queries.shape[-1]]))
+
+    def step(self, queries, cache, bias=None):
+        """Attend from the newest token of K beams, ``queries`` [B, K, H], to the prefix all share and to each beam's own tokens.
+
+        Args:
+            cache: :class:`LayerCache`; the newest tokens' keys and values are added to it.
+            bias: ``[B, 1, 1, S]`` over the prefix, or ``None`` when all of it is visible.
+
+        Returns:
+            ``[B, K, H]``.
+        """
+        query, key, value = self._project(queries, queries)
+        own_keys, own_values = cache.append(key.unsqueeze(2), value.unsqueeze(2))  # [B, K, T, N, D]
+        own = (query.unsqueeze(2) * own_keys).sum(axis=-1).transpose([0, 3, 1, 2])  # [B, N, K, T]
+        if cache.prefix is None:
+            weights = F.softmax(own)
+        else:
+            shared = paddle.einsum("bknd,bsnd->bnks", query, cache.prefix[0])
+            weights = F.softmax(paddle.concat([shared if bias is None else shared + bias, own], axis=-1))
+        split = weights.shape[-1] - own.shape[-1]
+        context = (weights[:, :, :, split:].transpose([0, 2, 3, 1]).unsqueeze(4) * own_values).sum(axis=2)
+        if split:
+            context = context + paddle.einsum("bnks,bsnd->bknd", weights[:, :, :, :split], cache.prefix[1])
         return self.output(context.reshape([0, 0, queries.shape[-1]]))
 
 
@@ -97,7 +162,7 @@ class EncoderLayer(nn.Layer):
     def _dropout(self, states):
         return F.dropout(states, self.hidden_dropout, training=self.training) if self.hidden_dropout else states
 
-    def forward(self, states, bias=None, rows=None):
+    def forward(self, states, bias=None, rows=None, cache=None):
         """Update ``states`` [B, T, H]; with ``rows`` (indices) only those positions are computed and returned, [B, len(rows), H]."""
         queries = states if rows is None else paddle.index_select(states, rows, axis=1)
         if bias is not None and rows is not None:
@@ -105,10 +170,15 @@ class EncoderLayer(nn.Layer):
         if self.pre_norm:
             normed = self.attention_norm(states)
             normed_queries = normed if rows is None else self.attention_norm(queries)
-            queries = queries + self._dropout(self.attention(normed_queries, normed, bias))
+            queries = queries + self._dropout(self.attention(normed_queries, normed, bias, cache))
             return queries + self._dropout(self.feed_forward(self.feed_forward_norm(queries)))
-        queries = self.attention_norm(queries + self._dropout(self.attention(queries, states, bias)))
+        queries = self.attention_norm(queries + self._dropout(self.attention(queries, states, bias, cache)))
         return self.feed_forward_norm(queries + self._dropout(self.feed_forward(queries)))
+
+    def step(self, states, cache, bias=None):
+        """Update the newest token of every beam, ``states`` [B, K, H]; post-norm layers (text, grounded) without dropout."""
+        states = self.attention_norm(states + self.attention.step(states, cache, bias))
+        return self.feed_forward_norm(states + self.feed_forward(states))
 
 
 class Encoder(nn.Layer):
@@ -122,13 +192,14 @@ class Encoder(nn.Layer):
             EncoderLayer(f"{name}.encoder_layer_{i}", hidden_size, num_heads, activation, hidden_dropout, attention_dropout, init_std,
                          pre_norm, epsilon) for i in layers])
 
-    def forward(self, states, mask=None, rows=None):
+    def forward(self, states, mask=None, rows=None, caches=None):
         """Run all layers.
 
         Args:
             states: ``[B, T, H]``.
             mask: visibility ``[B, T, T]`` (1 = visible) or ``None`` (everything visible).
             rows: int64 indices; when given the last layer computes only these positions (exact: later rows are read by nobody).
+            caches: a :class:`LayerCache` per layer, to keep keys and values for :meth:`step`.
 
         Returns:
             ``[B, T, H]``, or ``[B, len(rows), H]``.
@@ -136,11 +207,19 @@ class Encoder(nn.Layer):
         bias = None if mask is None else mask_to_bias(mask, self.num_heads)
         for number, layer in enumerate(self.layers):
             last = rows if number == len(self.layers) - 1 else None
-            if self.recompute and self.training and last is None:
+            if caches is not None:
+                states = layer(states, bias, last, caches[number])
+            elif self.recompute and self.training and last is None:
                 from paddle.distributed.fleet.utils import recompute
 
                 # the re-entrant form breaks inside DataParallel (measured, Paddle 3.3.1)
                 states = recompute(layer, states, bias, use_reentrant=False)
             else:
                 states = layer(states, bias, last)
+        return states
+
+    def step(self, states, caches, bias=None):
+        """Run all layers on the newest token of every beam, ``states`` [B, K, H]; see :meth:`MultiHeadAttention.step`."""
+        for layer, cache in zip(self.layers, caches):
+            states = layer.step(states, cache, bias)
         return states

@@ -154,11 +154,11 @@ class Unimo2Model(nn.Layer):
             raise UserInputError("this model was built without its visual Transformer (vision=False) but was given an image")
         return self.vision(image)
 
-    def encode_text(self, input_ids, position_ids, text_mask):
+    def encode_text(self, input_ids, position_ids, text_mask, caches=None):
         """Text states ``[B, L, H]`` of ``input_ids``, ``position_ids`` int64 ``[B, L]``, ``text_mask`` ``[B, L]`` or ``[B, L, L]``."""
         if self.text is None:
             raise UserInputError("this model was built without its text encoder (text=False) but was given text")
-        return self.text(input_ids, position_ids, text_mask)
+        return self.text(input_ids, position_ids, text_mask, caches)
 
     def ground(self, image_states=None, text_states=None, text_mask=None, layout="pair", with_loss=True):
         """Choose grounded tokens; with ``layout="caption"`` from the patches only. Returns a ``Grounding``."""
@@ -172,7 +172,7 @@ class Unimo2Model(nn.Layer):
         return self.dictionary(*self.dictionary.inputs(image_states, text_states, valid), with_loss=with_loss)
 
     def fuse(self, image_states=None, text_states=None, text_mask=None, layout="pair", grounding=None, token_mask=None, first_only=False,
-             with_grounding_loss=True):
+             with_grounding_loss=True, caches=None):
         """Run the grounded encoder over [image ; grounded ; text].
 
         Args:
@@ -182,6 +182,7 @@ class Unimo2Model(nn.Layer):
             token_mask: ``[B, K]``, 1 where a grounded token is hidden (zeroed before positions and norm).
             first_only: compute only the first image and first text position in the last layer (exact; enough for every pooled head).
             with_grounding_loss: ``False`` saves the dictionary loss where nobody wants it.
+            caches: a ``LayerCache`` per layer of the grounded encoder, for decoding (see ``models/generation.py``).
 
         Returns:
             ``Unimo2Output``; with ``first_only`` the fused parts have one position and ``fused_grounded`` is ``None``.
@@ -211,7 +212,7 @@ class Unimo2Model(nn.Layer):
             starts.append(starts[-1] + part.shape[1])
         if first_only:
             return self._first_rows(out, states, mask, starts, image_states is not None, text_states is not None)
-        fused = self.grounded_encoder(states, mask)
+        fused = self.grounded_encoder(states, mask, caches=caches)
         spans = [fused[:, a:b] for a, b in zip(starts, starts[1:])]
         if image_states is not None:
             out.fused_image = spans.pop(0)

@@ -1,0 +1,258 @@
+"""Captions from pictures: beam search, greedy search and sampling with cached keys and values.
+
+The prefix (image, grounded tokens, object tags) is computed once per image and shared by its beams; every step computes one token
+per beam. Beam search follows the authors' decoder step by step (golden cases 10e to 10k): scores are divided by a length penalty
+at every step, a finished hypothesis keeps its place and its score, an unfinished one competes with the score it has.
+"""
+from dataclasses import dataclass, field
+from typing import List
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+
+from unimo2_paddle.errors import UserInputError
+from unimo2_paddle.models.transformer import MASK_BIAS, LayerCache
+
+METHODS = ("beam", "greedy", "sample")
+FIRST_POSITION = 2     # position of [CLS], which starts every caption
+BLOCKED = -65000.0     # added to a candidate that repeats a trigram (the authors' value)
+
+
+@dataclass
+class Decoding:
+    """How captions are searched.
+
+    ``min_length``: tokens between [CLS] and [SEP], at least; ``max_length``: tokens after [CLS], at most. ``length_penalty``: scores are divided by ((5 + length) / 6) to this power. ``samples``: captions per image of ``sample``.
+    ``top_k`` (0: all) and ``top_p`` restrict sampling to the most probable tokens; ``temperature`` flattens it.
+    ``attend_padded_tags``: padded object tags are attended while decoding, as the authors have it; a caption then depends on the
+    images it shares a batch with.
+    """
+
+    method: str = "beam"
+    beam_size: int = 5
+    length_penalty: float = 0.6
+    min_length: int = 5
+    max_length: int = 50
+    block_trigrams: bool = False
+    samples: int = 1
+    top_k: int = 0
+    top_p: float = 1.0
+    temperature: float = 1.0
+    attend_padded_tags: bool = False
+
+    def problems(self):
+        lowest = {"beam_size": 1, "length_penalty": 0, "min_length": 0, "max_length": 1, "samples": 1, "top_k": 0}
+        found = [f"{key}: must be at least {low}, is {getattr(self, key)}" for key, low in lowest.items() if getattr(self, key) < low]
+        if self.method not in METHODS:
+            found.append(f"method: {self.method!r} is not one of {', '.join(METHODS)}")
+        if self.min_length > self.max_length:
+            found.append(f"min_length: {self.min_length} is above max_length {self.max_length}")
+        if not 0 < self.top_p <= 1:
+            found.append(f"top_p: must be above 0 and at most 1, is {self.top_p}")
+        if self.temperature <= 0:
+            found.append(f"temperature: must be above 0, is {self.temperature}")
+        return found
+
+
+@dataclass
+class Hypothesis:
+    """One caption: ``ids`` start with [CLS] and end with [SEP] unless it was cut at the maximum length; ``scores`` has the score after
+    every token (0 for [CLS]): length-penalised in beam search, else the summed log-probability."""
+
+    ids: List[int] = field(default_factory=list)
+    scores: List[float] = field(default_factory=list)
+
+    def finished(self, end_id):
+        """Whether the caption has ended."""
+        return len(self.ids) > 1 and self.ids[-1] == end_id
+
+    def tokens(self, special):
+        """The ids without [CLS] and [SEP] and without other ``special`` ids."""
+        return [i for i in self.ids if i not in special]
+
+
+class PrefixCache:
+    """Keys and values of a batch of pictures and their object tags, and of the tokens generated so far.
+
+    Args:
+        model: ``Unimo2Model`` with vision and the masked_lm head, in evaluation mode.
+        image_states: ``[B, 1 + P, H]``.
+        tags: (input_ids, position_ids, mask), each ``[B, L]``, or ``None`` when there are no object tags.
+        attend_padded_tags: see :class:`Decoding`.
+    """
+
+    def __init__(self, model, image_states, tags=None, attend_padded_tags=False):
+        self.model = model
+        self.text = [LayerCache() for _ in model.text.encoder.layers]
+        self.grounded = [LayerCache() for _ in model.grounded_encoder.layers]
+        self.text_bias = self.grounded_bias = None
+        text_states = mask = None
+        if tags is not None:
+            ids, positions, mask = tags
+            text_states = model.encode_text(ids, positions, mask, caches=self.text)
+            self.text_bias = ((mask - 1.0) * MASK_BIAS).unsqueeze([1, 2])  # [B, 1, 1, L]
+        grounding = model.ground(image_states, layout="caption", with_loss=False) if model.grounded else None
+        model.fuse(image_states, text_states, mask, layout="caption", grounding=grounding, caches=self.grounded)
+        hidden_codes = None if grounding is None else (grounding.visible - 1.0) * MASK_BIAS
+        if tags is not None and not attend_padded_tags:
+            before = paddle.zeros_like(image_states[:, :, 0])
+            parts = [before] + ([hidden_codes] if grounding is not None else []) + [self.text_bias[:, 0, 0]]
+            self.grounded_bias = paddle.concat(parts, axis=1).unsqueeze([1, 2])
+
+    def step(self, tokens, position):
+        """Log-probabilities ``[B, K, V]`` of the next token after feeding ``tokens`` int64 ``[B, K]`` at ``position``."""
+        states = self.model.text.embed(tokens, paddle.full_like(tokens, position))
+        states = self.model.text.encoder.step(states, self.text, self.text_bias)
+        states = self.model.grounded_encoder.step(states, self.grounded, self.grounded_bias)
+        return self.model.mlm_logits(states)
+
+    def select(self, images, parents):
+        """Go on with these images and beams, see :meth:`LayerCache.select`."""
+        for cache in self.text + self.grounded:
+            cache.select(images, parents)
+        if images is not None:
+            self.text_bias, self.grounded_bias = (None if bias is None else paddle.index_select(bias, images)
+                                                  for bias in (self.text_bias, self.grounded_bias))
+
+
+@paddle.no_grad()
+def generate(model, image, start_id, end_id, options, tags=None, word_starts=None):
+    """Caption a batch of pictures.
+
+    Args:
+        model: ``Unimo2Model`` in evaluation mode, with vision and the masked_lm head.
+        image: float32 ``[B, S, S, 3]``, normalised.
+        start_id, end_id: [CLS] and [SEP].
+        options: :class:`Decoding`.
+        tags: object tags (input_ids, position_ids, mask), each ``[B, L]``, or ``None``.
+        word_starts: bool ``[V]``, which tokens begin a word (``Tokenizer.word_start_table``); needed to block trigrams.
+
+    Returns:
+        per image a list of :class:`Hypothesis`, best first: ``beam_size`` of beam search, 1 of greedy, ``samples`` of sampling.
+
+    Raises:
+        UserInputError: the model cannot generate, has too few positions, or ``word_starts`` is missing.
+    """
+    _check(model, options, word_starts)
+    cache = PrefixCache(model, model.encode_image(image), tags, options.attend_padded_tags)
+    width = {"beam": 1, "greedy": 1, "sample": options.samples}[options.method]
+    active = [[Hypothesis([start_id], [0.0]) for _ in range(width)] for _ in range(image.shape[0])]
+    done, numbers = [None] * len(active), list(range(len(active)))
+    for step in range(options.max_length):
+        tokens = paddle.to_tensor(np.array([[h.ids[-1] for h in beams] for beams in active], dtype="int64"))
+        logits = cache.step(tokens, FIRST_POSITION + step)
+        if step < options.min_length:
+            logits[:, :, end_id] = logits[:, :, end_id] - 1e18
+        advance = _beam_step if options.method == "beam" else _single_step
+        following = advance(logits, active, step, end_id, options, word_starts)
+        ended = [all(h.finished(end_id) for h, _ in beams) for beams in following]
+        kept = [row for row, over in enumerate(ended) if not over]
+        for row, beams in enumerate(following):
+            done[numbers[row]] = [h for h, _ in beams]
+        if not kept:
+            break
+        width = len(active[0])
+        parents = np.array([[row * width + parent for _, parent in following[row]] for row in kept], dtype="int64")
+        cache.select(paddle.to_tensor(np.array(kept)) if len(kept) < len(active) else None, paddle.to_tensor(parents))
+        active, numbers = [[h for h, _ in following[row]] for row in kept], [numbers[row] for row in kept]
+    return [sorted(beams, key=lambda h: -h.scores[-1]) for beams in done]
+
+
+def _check(model, options, word_starts):
+    if model.vision is None or "masked_lm" not in model.heads:
+        raise UserInputError("captions need a model with its visual Transformer and the masked_lm head")
+    limit = model.config.text_max_position_embeddings - FIRST_POSITION
+    if options.max_length > limit:
+        raise UserInputError(f"max_length {options.max_length}: the model has positions for {limit} tokens; lower max_length")
+    if options.block_trigrams and word_starts is None:
+        raise UserInputError("block_trigrams needs the table of tokens that begin a word (Tokenizer.word_start_table)")
+
+
+def _beam_step(logits, active, step, end_id, options, word_starts):
+    """The best ``beam_size`` continuations of every image as lists of (hypothesis, number of its parent)."""
+    width = min(options.beam_size, logits.shape[-1])
+    values, ids = paddle.topk(F.log_softmax(logits), width, axis=-1)
+    values, ids = values.numpy(), ids.numpy()
+    before, after = ((5.0 + step) / 6.0) ** options.length_penalty, ((6.0 + step) / 6.0) ** options.length_penalty
+    following = []
+    for row, beams in enumerate(active):
+        candidates = []
+        for parent, beam in enumerate(beams):
+            if beam.finished(end_id):
+                candidates.append((beam.scores[-1], parent, None))
+                continue
+            for value, token in zip(values[row, parent], ids[row, parent]):
+                blocked = BLOCKED if options.block_trigrams and repeats_trigram(beam.ids + [int(token)], word_starts) else 0.0
+                candidates.append(((beam.scores[-1] * before + blocked + float(value)) / after, parent, int(token)))
+        best = sorted(candidates, key=lambda candidate: -candidate[0])[:options.beam_size]
+        following.append([(beams[parent] if token is None else _extended(beams[parent], token, score), parent)
+                          for score, parent, token in best])
+    return following
+
+
+def _single_step(logits, active, step, end_id, options, word_starts):
+    """One continuation of every hypothesis: its best token, or a drawn one."""
+    if options.block_trigrams:
+        logits = logits + paddle.to_tensor(_trigram_penalty(active, logits.shape[-1], word_starts))
+    values = F.log_softmax(logits)
+    if options.method == "greedy":
+        chosen = values.argmax(axis=-1)
+    else:
+        noise = paddle.rand(logits.shape).clip(1e-20, 1.0 - 1e-7)
+        chosen = (restrict(logits / options.temperature, options.top_k, options.top_p) - paddle.log(-paddle.log(noise))).argmax(axis=-1)
+    scores = paddle.take_along_axis(values, chosen.unsqueeze(2), axis=2).numpy()[:, :, 0]
+    chosen = chosen.numpy()
+    return [[(beam if beam.finished(end_id) else _extended(beam, int(chosen[row, k]), beam.scores[-1] + float(scores[row, k])), k)
+             for k, beam in enumerate(beams)] for row, beams in enumerate(active)]
+
+
+def _extended(beam, token, score):
+    return Hypothesis(beam.ids + [token], beam.scores + [score])
+
+
+def restrict(logits, top_k=0, top_p=1.0):
+    """Logits ``[..., V]`` with everything but the ``top_k`` best tokens, and but the best ones that together reach probability
+    ``top_p``, at -1e9."""
+    if top_k and top_k < logits.shape[-1]:
+        least = paddle.topk(logits, top_k, axis=-1)[0][..., -1:]
+        logits = paddle.where(logits < least, paddle.full_like(logits, -1e9), logits)
+    if top_p < 1.0:
+        ordered = paddle.sort(logits, axis=-1, descending=True)
+        shares = F.softmax(ordered)
+        reached = shares.cumsum(axis=-1) - shares >= top_p  # the better tokens reach it without this one
+        least = paddle.where(reached, paddle.full_like(ordered, 1e9), ordered).min(axis=-1, keepdim=True)
+        logits = paddle.where(logits < least, paddle.full_like(logits, -1e9), logits)
+    return logits
+
+
+def words_of(ids, word_starts):
+    """Token ids joined to words (tuples of ids): a piece that begins no word belongs to the one before."""
+    words = []
+    for i in ids:
+        if word_starts[i] or not words:
+            words.append((i,))
+        else:
+            words[-1] += (i,)
+    return words
+
+
+def repeats_trigram(ids, word_starts):
+    """Whether the last three words occurred before in the same order."""
+    words = words_of(ids, word_starts)
+    trigrams = [tuple(words[i: i + 3]) for i in range(len(words) - 2)]
+    return len(trigrams) > 1 and trigrams[-1] in trigrams[:-1]
+
+
+def _trigram_penalty(active, vocabulary, word_starts):
+    """``[B, K, V]``: BLOCKED for every token that would repeat a trigram.
+
+    Only tokens that ended a trigram before, or go on in a word of one, can repeat it, so only those are tried.
+    """
+    penalty = np.zeros([len(active), len(active[0]), vocabulary], dtype="float32")
+    for row, beams in enumerate(active):
+        for k, beam in enumerate(beams):
+            for token in set(beam.ids):
+                if repeats_trigram(beam.ids + [token], word_starts):
+                    penalty[row, k, token] = BLOCKED
+    return penalty
