@@ -1,5 +1,4 @@
 """What every test shares: one thread, no network, repeatable property tests, a tiny pre-training run."""
-import copy
 import ipaddress
 import os
 import socket
@@ -67,28 +66,32 @@ def demo_data(tmp_path_factory):
     return out
 
 
-@pytest.fixture
-def pretrain_values(demo_data, tmp_path):
-    """The tiny pre-training run over all three corpora, as nested plain Python."""
-    return {
-        "task": "pretrain",
-        "model": dict(TINY_MODEL),
-        "data": {"vocab": str(demo_data / "vocab"), "max_text_len": 40,
-                 **{corpus: [{"shards": str(demo_data / corpus / "*.tar")}] for corpus in ("pairs", "images", "texts")}},
-        "mixture": {"weights": {"pairs": 0.5, "images": 0.25, "texts": 0.25}, "global_batch": {"pairs": 8, "images": 4, "texts": 8}},
-        "train": {"steps": 6, "matching_group": 4},
-        "optim": {"learning_rate": 1e-3},
-        "run": {"output": str(tmp_path / "run"), "progress": False, "log_every": 1},
-    }
+@pytest.fixture(scope="session")
+def tiny_pretrain(demo_data):
+    """A function: output directory -> the tiny pre-training run over all three corpora, as nested plain Python."""
+
+    def values(output):
+        return {
+            "task": "pretrain",
+            "model": dict(TINY_MODEL),
+            "data": {"vocab": str(demo_data / "vocab"), "max_text_len": 40,
+                     **{corpus: [{"shards": str(demo_data / corpus / "*.tar")}] for corpus in ("pairs", "images", "texts")}},
+            "mixture": {"weights": {"pairs": 0.5, "images": 0.25, "texts": 0.25}, "global_batch": {"pairs": 8, "images": 4, "texts": 8}},
+            "train": {"steps": 6, "matching_group": 4},
+            "optim": {"learning_rate": 1e-3},
+            "run": {"output": str(output), "progress": False, "log_every": 1},
+        }
+
+    return values
 
 
 @pytest.fixture
-def pretrain_config(pretrain_values, tmp_path):
+def pretrain_config(tiny_pretrain, tmp_path):
     """A function that writes the tiny run with some keys replaced ({"group.key": value}) and returns the file's path."""
     import yaml
 
     def write(changes=None, name="run.yaml"):
-        values = copy.deepcopy(pretrain_values)
+        values = tiny_pretrain(tmp_path / "run")
         for path, value in (changes or {}).items():
             *groups, key = path.split(".")
             target = values

@@ -1,0 +1,135 @@
+"""Two gloo workers compute what one process computes at the same global batch."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from unimo2_paddle.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+TOLERANCE = 1e-5
+
+
+def launch(config, logs, *arguments, workers=2, timeout=120):
+    """``python -m paddle.distributed.launch --nproc_per_node 2 tools/train.py ...``; returns (exit status, all output)."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PADDLE_", "FLAGS_"))}
+    environment.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", str(workers), "--log_dir", str(logs),
+               str(ROOT / "tools" / "train.py"), "-c", str(config), *map(str, arguments)]
+    # a session of its own, so that everything it started ends with it; the launcher finds free ports by itself
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+    return process.returncode, output + "".join(path.read_text(errors="replace") for path in sorted(Path(logs).glob("workerlog.*")))
+
+
+class Pair:
+    """The same run in one process and in two."""
+
+    def __init__(self, directory, values, **changes):
+        self.directory, self.one, self.two = directory, directory / "one", directory / "two"
+        for group, part in changes.items():
+            values[group].update(part)
+        self.config = directory / "run.yaml"
+        self.config.write_text(yaml.safe_dump(values), encoding="utf-8")
+        assert main(["train", "-c", str(self.config), "-o", f"run.output={self.one}"]) == 0
+        status, self.output = launch(self.config, directory / "logs", "-o", f"run.output={self.two}")
+        assert status == 0, self.output[-3000:]
+
+
+def losses(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "/" in key or key in ("step", "loss", "lr")} for line in lines]
+
+
+def assert_equal_runs(first, second):
+    assert len(losses(first)) == len(losses(second)) > 0
+    for one, two in zip(losses(first), losses(second)):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert two[key] == pytest.approx(one[key], abs=TOLERANCE), (one["step"], key)
+    one, two = (load_file(run / "best" / "model.safetensors") for run in (first, second))
+    assert one.keys() == two.keys()
+    assert max(float(np.abs(one[name] - two[name]).max()) for name in one) <= TOLERANCE
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_pretrain, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("two")
+    return Pair(directory, tiny_pretrain(directory / "run"), run={"save_every": 3}, mixture={"weights": {"pairs": 1, "images": 1, "texts": 1}},
+                data={"view_augmentation": {"crop": 1.0, "jitter": 1.0}})
+
+
+def test_two_workers_have_the_losses_and_weights_of_one(pair):
+    corpora = {key.split("/")[0] for record in losses(pair.one) for key in record if "/" in key}
+    assert corpora == {"pairs", "images", "texts"}
+    assert_equal_runs(pair.one, pair.two)
+
+
+def test_only_the_first_worker_writes(pair):
+    assert sorted(p.name for p in pair.two.iterdir()) == sorted(p.name for p in pair.one.iterdir())
+    log = (pair.two / "train.log").read_text()
+    assert log.count("2 worker(s)") == 1 and log.count("step 6/6") == 1
+    second = (pair.directory / "logs" / "workerlog.1").read_text()
+    assert "done: model in" in pair.output and "done: model in" not in second and "loss" not in second
+    assert len(list((pair.two / "vdl").iterdir())) == 1
+
+
+def test_one_worker_goes_on_with_the_checkpoint_of_two(pair, tmp_path):
+    checkpoint = pair.two / "checkpoints" / "step-000003"
+    assert main(["train", "-c", str(pair.config), "-o", f"run.output={tmp_path / 'resumed'}", "--resume", str(checkpoint)]) == 0
+    assert [record["step"] for record in losses(tmp_path / "resumed")] == [4, 5, 6]
+    one, two = (load_file(run / "best" / "model.safetensors") for run in (pair.two, tmp_path / "resumed"))
+    assert max(float(np.abs(one[name] - two[name]).max()) for name in one) <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_two_workers_resume_their_own_run_bit_for_bit(pair, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(pair.two, run)
+    shutil.rmtree(run / "checkpoints" / "step-000006")
+    status, output = launch(pair.config, tmp_path / "logs", "-o", f"run.output={run}", "--resume", "auto")
+    assert status == 0, output[-3000:]
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+        assert (run / "checkpoints" / "step-000006" / name).read_bytes() == (pair.two / "checkpoints" / "step-000006" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_every_objective_with_accumulation_recomputation_and_data_workers_is_equal_too(tiny_pretrain, tmp_path):
+    made = Pair(tmp_path, tiny_pretrain(tmp_path / "run"), model={"with_grounding_mask": True, "with_cmcl_projection": True},
+                train={"steps": 9, "accumulate": 2, "matching_group": 2, "pairs": {"caption": 0.5, "masked_grounding": 0.5},
+                       "images": {"masked_grounding": 0.5}, "texts": {"seq2seq": 0.5}},
+                mixture={"weights": {"pairs": 1, "images": 1, "texts": 1}}, run={"recompute": True}, data={"num_workers": 1})
+    assert_equal_runs(made.one, made.two)
+
+
+@pytest.mark.slow
+def test_the_baseline_model_is_equal_too(tiny_pretrain, tmp_path):
+    made = Pair(tmp_path, tiny_pretrain(tmp_path / "run"), model={"model_type": "baseline"})
+    assert_equal_runs(made.one, made.two)
+
+
+@pytest.mark.slow
+def test_a_batch_that_cannot_be_shared_out_is_explained(tiny_pretrain, tmp_path):
+    values = tiny_pretrain(tmp_path / "run")
+    values["mixture"]["global_batch"]["pairs"] = 12
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    status, output = launch(config, tmp_path / "logs")
+    assert status != 0
+    assert "12 samples per micro-batch cannot be shared by 2 workers in groups of 4; use a multiple of 8" in output
+    assert not (tmp_path / "run").exists()
