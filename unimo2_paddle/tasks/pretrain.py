@@ -1,5 +1,6 @@
 """UNIMO-2 pre-training over image-caption pairs, images and texts (design notes section 6; the authors never released theirs)."""
 import os
+import os
 from dataclasses import dataclass, field
 from typing import Dict
 
@@ -14,6 +15,7 @@ from unimo2_paddle.errors import ConfigError
 from unimo2_paddle.models.losses import contrastive_loss, visual_contrastive_loss
 from unimo2_paddle.models.parallel import gather_rows, global_share, rank
 from unimo2_paddle.tasks.base import Task, build_unimo2, check_vocabulary, normalise_tensor
+from unimo2_paddle.tasks.finetune import copy_vocabulary
 from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalEval, evaluation_mode, retrieval_evaluators
 
 
@@ -199,6 +201,10 @@ class PretrainTask(Task):
         evaluators = retrieval_evaluators(data, config, self.model_config, self.tokenizer)
         self._shown = evaluators[0].dataset
         return evaluators
+
+    def save_assets(self, directory):
+        """The vocabulary goes with the model."""
+        copy_vocabulary(self.config.data.vocab, os.path.join(directory, "vocab"))
 
     def illustrate(self, model, writer, step, pictures=4, counted=64):
         """Sample pictures with their captions and grounded tokens, and the tokens used most over ``counted`` pairs."""
