@@ -318,7 +318,7 @@ def _words(scene, rng, with_sizes=True, names=None):
         alone = sum(other.shape == thing.shape for other in scene.objects) == 1
         words[slot] = "a " + (size + " " if with_sizes else "") + f"{thing.colour} {names[i]}"
         words["the_" + slot] = "the " + ("" if alone else thing.colour + " ") + names[i]
-        words["at_" + slot] = _say_place(thing.place)
+        words["at_" + slot] = say_place(thing.place)
     thing = scene.objects[order[0]]
     words.update(a_size=_pick(rng, SIZES[thing.size], 0.5), a_colour=thing.colour)
     relation = scene.relation(order[0], order[1])
@@ -342,7 +342,8 @@ def _pick(rng, words, usual):
     return words[0] if len(words) == 1 or rng.random() < usual else words[1 + rng.integers(len(words) - 1)]
 
 
-def _say_place(place):
+def say_place(place):
+    """The words of an object's (row, column): "at the top left", "on the right", "in the middle"."""
     row, column = place
     if not row:
         return f"on the {column}" if column else "in the middle"
