@@ -152,7 +152,7 @@ def test_captions_are_grouped_by_length_and_keep_their_numbers(world):
     lengths = [[len(dataset.tokens[row]) for row in group.rows] for group in groups]
     assert [length for group in lengths for length in group] == sorted(len(ids) for ids in dataset.tokens)
     assert sorted(row for group in groups for row in group.rows) == list(range(10))
-    assert [group.states.shape[1] for group in groups] == [max(group) for group in lengths]
+    assert [group.texts.states.shape[1] for group in groups] == [max(group) for group in lengths]
     assert max(len(group) for group in lengths) <= 4
 
 
@@ -196,7 +196,7 @@ def test_the_ids_file_of_the_wrong_split_is_refused(world):
     folder = str(world.path / "ids")
     assert retrieval.ids_file(folder, "test").endswith("test.all.ids")
     assert retrieval.ids_file(f"{folder}/test.all.ids", "test") == f"{folder}/test.all.ids"
-    with pytest.raises(DataError, match="'test', but eval.split is 'val'"):
+    with pytest.raises(DataError, match="'test', but the split 'val' is wanted"):
         retrieval.ids_file(f"{folder}/test.all.ids", "val")
     with pytest.raises(DataError, match="neither val.all.ids nor val.ids in this folder; it has test.all.ids"):
         retrieval.ids_file(folder, "val")

@@ -71,16 +71,17 @@ def circle_loss(positive, negatives, margin, scale):
     return F.softplus(total, threshold=40).mean().astype(positive.dtype)
 
 
-def retrieval_circle_loss(scores, margin=0.2, scale=1.0):
+def retrieval_circle_loss(scores, margin=0.2, scale=1.0, image_negatives=None):
     """Mean of the caption-side and image-side circle losses (UNIMO-2 retrieval finetuning).
 
     Args:
-        scores: ``[B, 1 + 2N]``: positive, N image negatives, N caption negatives.
+        scores: ``[B, 1 + N + M]``: positive, N image negatives, M caption negatives.
+        margin, scale: as in :func:`circle_loss`; image_negatives: N, by default half of the negatives.
 
     Returns:
         (total, caption part, image part) scalars.
     """
-    negatives = (scores.shape[1] - 1) // 2
+    negatives = (scores.shape[1] - 1) // 2 if image_negatives is None else image_negatives
     image_side = circle_loss(scores[:, :1], scores[:, 1: 1 + negatives], margin, scale)
     caption_side = circle_loss(scores[:, :1], scores[:, 1 + negatives:], margin, scale)
     return (image_side + caption_side) / 2, caption_side, image_side

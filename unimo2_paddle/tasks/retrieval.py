@@ -2,7 +2,7 @@
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import List
+from typing import List, Union
 
 import numpy as np
 
@@ -11,11 +11,14 @@ from unimo2_paddle.data.formats.ids import read_ids_dataset
 from unimo2_paddle.data.formats.karpathy import read_karpathy
 from unimo2_paddle.data.images import decode_image, resize_image
 from unimo2_paddle.data.tokenizer import Tokenizer
-from unimo2_paddle.errors import DataError, UserInputError
+from unimo2_paddle.errors import ConfigError, DataError, UserInputError
 from unimo2_paddle.metrics.retrieval import chance_metrics, retrieval_metrics
-from unimo2_paddle.tasks.base import ModelSection, RunSection, Task, build_unimo2, check_vocabulary
+from unimo2_paddle.tasks.base import build_unimo2, check_vocabulary
+from unimo2_paddle.tasks.finetune import FinetuneTask
 from unimo2_paddle.tasks.retrieval_report import write_retrieval_report
-from unimo2_paddle.tasks.retrieval_scoring import encode_images, encode_texts, evaluation_mode, score_matrix
+from unimo2_paddle.tasks.retrieval_scoring import encode_images, encode_texts, evaluation_mode, score_matrix, shortlist_scores
+from unimo2_paddle.tasks.retrieval_training import (CirclePairs, InBatchPairs, RetrievalTrain, circle_terms, collate_pairs,
+                                                    in_batch_terms)
 
 PIXEL_CACHE = 1 << 30  # bytes of decoded pictures kept between evaluations
 
@@ -27,6 +30,7 @@ class RetrievalData:
     ``annotations`` is a Karpathy JSON file, or for ``format: ids`` an authors' ``.ids`` file or the folder of
     ``<split>.all.ids`` or ``<split>.ids``. ``vocab`` is the folder of the three vocabulary files. ``image_suffix`` completes
     picture names of ``.ids`` files. ``exif``: turn pictures as their EXIF orientation says (the authors ignore it).
+    ``restval``: train on COCO's split "restval" too, as is usual. ``num_workers``: processes that read training batches.
     """
 
     annotations: str
@@ -36,6 +40,8 @@ class RetrievalData:
     max_text_len: int = 128
     image_suffix: str = ".jpg"
     exif: bool = True
+    restval: bool = True
+    num_workers: int = 0
 
     def problems(self):
         found = [f"{key}: is empty; give a path" for key in ("annotations", "images", "vocab") if not getattr(self, key)]
@@ -43,6 +49,8 @@ class RetrievalData:
             found.append(f"format: {self.format!r} is not one of karpathy, ids")
         if self.max_text_len < 3:
             found.append(f"max_text_len: must be at least 3 ([CLS], a token, [SEP]), is {self.max_text_len}")
+        if self.num_workers < 0:
+            found.append(f"num_workers: must be at least 0, is {self.num_workers}")
         return found
 
 
@@ -50,21 +58,35 @@ class RetrievalData:
 class RetrievalEval:
     """Group ``eval``: which split, how much of it (0 = all; the first ones in file order), and how large the batches are.
 
-    ``every_steps``: how often during training; 0 = only at the end.
+    ``rerank_k``: ``all`` scores every pair with the whole model; a number only the pairs among the best so many, by contrastive score,
+    of their caption or of their picture. ``every_steps``: how often during training; 0 = only at the end.
     """
 
     split: str = "test"
     max_images: int = 0
     captions_per_image: int = 0
+    rerank_k: Union[int, str] = "all"
     image_batch: int = 32
     pair_batch: int = 128
     every_steps: int = 0
 
     def problems(self):
         found = [] if self.split else ["split: is empty; for example val or test"]
+        if self.rerank_k != "all" and (isinstance(self.rerank_k, str) or self.rerank_k < 1):
+            found.append(f"rerank_k: must be all or a number of at least 1, is {self.rerank_k!r}")
         lowest = {"max_images": 0, "captions_per_image": 0, "image_batch": 1, "pair_batch": 1, "every_steps": 0}
         return found + [f"{key}: must be at least {low}, is {getattr(self, key)}"
                         for key, low in lowest.items() if getattr(self, key) < low]
+
+
+@dataclass
+class RetrievalTaskEval(RetrievalEval):
+    """Group ``eval`` of the retrieval task. ``every_epochs``: how often when ``every_steps`` is 0; 0 = only at the end."""
+
+    every_epochs: float = 1.0
+
+    def problems(self):
+        return super().problems() + ([f"every_epochs: must be at least 0, is {self.every_epochs}"] if self.every_epochs < 0 else [])
 
 
 class RetrievalDataset:
@@ -72,8 +94,8 @@ class RetrievalDataset:
 
     Attributes:
         image_ids, image_paths: names and files of the I pictures.
-        captions: text of the T captions; tokens, positions: their ids with [CLS] and [SEP]; text_image: int64 ``[T]``, the
-            picture of every caption.
+        captions: text of the T captions, those of a picture in a row; tokens, positions: their ids with [CLS] and [SEP];
+            text_image: int64 ``[T]``, the picture of every caption.
         pad_id: id that fills up short captions.
     """
 
@@ -81,7 +103,7 @@ class RetrievalDataset:
         self.pad_id, self.exif = pad_id, exif
         self.image_ids, self.image_paths = [], []
         self.captions, self.tokens, self.positions = [], [], []
-        self.text_image = np.zeros(0, dtype="int64")
+        self.text_image, self._counts = np.zeros(0, dtype="int64"), []
         self._cache, self._cached_size, self._cached_bytes = {}, None, 0
 
     @classmethod
@@ -93,21 +115,24 @@ class RetrievalDataset:
         """
         reader = cls.from_karpathy if data.format == "karpathy" else cls.from_ids
         place = data.annotations if data.format == "karpathy" else ids_file(data.annotations, split)
-        extra = {"split": split} if data.format == "karpathy" else {"suffix": data.image_suffix}
+        extra = {"split": split, "restval": data.restval} if data.format == "karpathy" else {"suffix": data.image_suffix}
         return reader(place, data.images, tokenizer, max_text_len=data.max_text_len, max_images=max_images,
                       captions_per_image=captions_per_image, exif=data.exif, **extra)
 
     @classmethod
     def from_karpathy(cls, annotations, images_dir, tokenizer, split="test", max_text_len=128, max_images=0,
-                      captions_per_image=0, exif=True):
-        """One split of a Karpathy JSON file; captions longer than ``max_text_len`` ids lose their end but keep [SEP]."""
+                      captions_per_image=0, exif=True, restval=False):
+        """One split of a Karpathy JSON file; captions longer than ``max_text_len`` ids lose their end but keep [SEP].
+
+        With ``restval`` the split "train" includes "restval".
+        """
         dataset = cls(tokenizer.pad_id, exif)
-        for image in _first(read_karpathy(annotations, images_dir, split), max_images):
+        for image in _first(read_karpathy(annotations, images_dir, split, include_restval=restval), max_images):
             captions = _first(image.captions, captions_per_image)
             tokens = [with_special_tokens(ids, tokenizer, max_text_len) for ids in tokenizer.encode_batch(captions)]
             positions = [list(range(FIRST_POSITION, FIRST_POSITION + len(ids))) for ids in tokens]
             dataset._add(image, captions, tokens, positions)
-        return dataset
+        return dataset._finish()
 
     @classmethod
     def from_ids(cls, path, images_dir, tokenizer, suffix=".jpg", max_text_len=128, max_images=0, captions_per_image=0,
@@ -124,21 +149,29 @@ class RetrievalDataset:
             tokens = [c.token_ids if len(c.token_ids) <= max_text_len else c.token_ids[:max_text_len - 1] + c.token_ids[-1:]
                       for c in captions]
             dataset._add(image, texts, tokens, [c.position_ids[:max_text_len] for c in captions])
-        return dataset
+        return dataset._finish()
 
     def _add(self, image, captions, tokens, positions):
-        self.text_image = np.append(self.text_image, [len(self.image_ids)] * len(captions)).astype("int64")
+        self._counts.append(len(captions))
         self.image_ids.append(image.image_id)
         self.image_paths.append(image.path)
         self.captions.extend(captions)
         self.tokens.extend(tokens)
         self.positions.extend(positions)
 
+    def _finish(self):
+        self.text_image = np.repeat(np.arange(len(self), dtype="int64"), self._counts)
+        return self
+
     def __len__(self):
         return len(self.image_ids)
 
     def pictures(self, first, last, size):
-        """Pictures ``first`` to ``last - 1`` at ``size`` pixels: uint8 ``[N, S, S, 3]``.
+        """Pictures ``first`` to ``last - 1`` at ``size`` pixels: uint8 ``[N, S, S, 3]``; see :meth:`chosen_pictures`."""
+        return self.chosen_pictures(range(first, min(last, len(self))), size)
+
+    def chosen_pictures(self, numbers, size):
+        """The pictures ``numbers`` at ``size`` pixels: uint8 ``[N, S, S, 3]``.
 
         Decoded pictures stay in memory up to ``PIXEL_CACHE`` bytes, so that repeated evaluations decode them once.
 
@@ -148,7 +181,7 @@ class RetrievalDataset:
         if size != self._cached_size:
             self._cache, self._cached_size, self._cached_bytes = {}, size, 0
         pictures = []
-        for number in range(first, min(last, len(self))):
+        for number in numbers:
             picture = self._cache.get(number)
             if picture is None:
                 picture = resize_image(decode_image(self.image_paths[number], exif=self.exif), size)
@@ -179,8 +212,8 @@ def ids_file(annotations, split):
     if not os.path.isdir(annotations):
         named = os.path.basename(annotations).split(".")[0]
         if named in ("train", "val", "dev", "test") and named != split:
-            raise DataError(f"{annotations}: is by its name the split {named!r}, but eval.split is {split!r}; name the right "
-                            "file or only the folder")
+            raise DataError(f"{annotations}: is by its name the split {named!r}, but the split {split!r} is wanted; name the right "
+                            "file or, for training, only the folder")
         return annotations
     for name in (f"{split}.all.ids", f"{split}.ids"):
         if os.path.isfile(os.path.join(annotations, name)):
@@ -195,21 +228,22 @@ class RetrievalEvaluator:
     Args:
         dataset: a :class:`RetrievalDataset`.
         name: what the metrics are reported under, usually the split.
-        image_batch, pair_batch, every_steps: as in :class:`RetrievalEval`.
+        image_batch, pair_batch, every_steps, rerank_k: as in :class:`RetrievalEval`.
         show_progress: draw a progress bar over the pairs.
     """
 
-    def __init__(self, dataset, name="test", image_batch=32, pair_batch=128, every_steps=0, show_progress=False):
-        self.dataset, self.name, self.every_steps = dataset, name, every_steps
+    def __init__(self, dataset, name="test", image_batch=32, pair_batch=128, every_steps=0, show_progress=False, rerank_k="all"):
+        self.dataset, self.name, self.every_steps, self.rerank_k = dataset, name, every_steps, rerank_k
         self.image_batch, self.pair_batch, self.show_progress = image_batch, pair_batch, show_progress
         self.scores, self.metrics, self.score_weight = None, None, None
 
     def run(self, model):
-        """Score all pairs; the model's mode is restored.
+        """Score all pairs, or those of the shortlist; the model's mode is restored.
 
         Returns:
             dict of floats: :func:`~unimo2_paddle.metrics.retrieval.retrieval_metrics` of the retrieval score, and of the
-            contrastive score alone under ``contrastive_...``.
+            contrastive score alone under ``contrastive_...``. With a shortlist also, in percent, ``shortlist_ir`` and ``shortlist_tr``
+            (queries whose right answer, or one of them, is in it: no recall can be higher) and ``shortlist_pairs`` (of all pairs).
 
         Raises:
             UserInputError: the model lacks a head or cannot hold these captions.
@@ -218,12 +252,18 @@ class RetrievalEvaluator:
         self._check(model)
         with evaluation_mode(model), self._progress() as bar:
             texts = encode_texts(model, self.dataset, self.pair_batch)
-            images = encode_images(model, self.dataset, self.image_batch)
-            self.scores = score_matrix(model, images, texts, self.pair_batch, bar.update if bar is not None else None)
+            if self.rerank_k == "all":
+                images = encode_images(model, self.dataset, self.image_batch)
+                self.scores = score_matrix(model, images, texts, self.pair_batch, bar and bar.update)
+            else:
+                self.scores = shortlist_scores(model, self.dataset, texts, self.rerank_k, self.image_batch, self.pair_batch,
+                                               bar and bar.update)
         self.score_weight = model.config.cmcl_score_weight
         self.metrics = retrieval_metrics(self.scores.retrieval, self.dataset.text_image)
         alone = retrieval_metrics(self.scores.contrastive, self.dataset.text_image)
         self.metrics.update((f"contrastive_{key}", value) for key, value in alone.items())
+        if self.scores.shortlist is not None:
+            self.metrics.update(shortlist_metrics(self.scores.shortlist, self.dataset.text_image))
         return dict(self.metrics)
 
     def _check(self, model):
@@ -245,7 +285,10 @@ class RetrievalEvaluator:
             return contextlib.nullcontext()
         from tqdm import tqdm
 
-        pairs = len(self.dataset) * len(self.dataset.captions)
+        texts, images = len(self.dataset.captions), len(self.dataset)
+        pairs = texts * images
+        if self.rerank_k != "all":
+            pairs = min(pairs, self.rerank_k * (texts + images))  # at most: both shortlists may name the same pair
         return tqdm(total=pairs, desc=f"retrieval {self.name}", unit="pair", unit_scale=True, leave=False, disable=None)
 
     def chance(self):
@@ -266,12 +309,28 @@ class RetrievalEvaluator:
             for arrow, key in (("text -> image", "ir"), ("image -> text", "tr")):
                 recalls = "".join(f"{values[f'{prefix}{key}_r{k}']:>8.2f}" for k in (1, 5, 10))
                 lines.append(f"{arrow + '  ' + title:<38}{recalls}{values[f'{prefix}{key}_median_rank']:>13.1f}")
+        if self.scores.shortlist is not None:
+            lines.append(f"shortlist of {self.rerank_k} by contrastive score: {self.metrics['shortlist_pairs']:.2f} % of the pairs; it has the "
+                         f"right answer for {self.metrics['shortlist_ir']:.2f} % (text -> image), {self.metrics['shortlist_tr']:.2f} % "
+                         "(image -> text)")
         return "\n".join(lines)
 
     def write_report(self, directory):
-        """Write ``results.json``, ``retrieval.jsonl`` and ``retrieval.png`` of the last run; returns their paths."""
+        """Write ``results.json``, ``retrieval.jsonl``, ``retrieval.png`` and ``retrieval.html`` of the last run; returns their paths."""
         self._require_run()
         return write_retrieval_report(self, directory)
+
+
+def shortlist_metrics(shortlist, text_image):
+    """What a shortlist leaves possible, in percent: see :meth:`RetrievalEvaluator.run`.
+
+    Args:
+        shortlist: bool ``[T, I]``; text_image: int ``[T]``, the picture of every caption.
+    """
+    own = shortlist[np.arange(len(text_image)), text_image]
+    found = np.bincount(text_image[own], minlength=shortlist.shape[1]) > 0
+    return {"shortlist_ir": 100.0 * float(own.mean()), "shortlist_tr": 100.0 * float(found.mean()),
+            "shortlist_pairs": 100.0 * float(shortlist.mean())}
 
 
 def retrieval_evaluators(data, settings, model_config, tokenizer, show_progress=False) -> List[RetrievalEvaluator]:
@@ -284,20 +343,45 @@ def retrieval_evaluators(data, settings, model_config, tokenizer, show_progress=
     check_vocabulary(tokenizer, model_config, data.vocab)
     dataset = RetrievalDataset.read(data, tokenizer, settings.split, settings.max_images, settings.captions_per_image)
     return [RetrievalEvaluator(dataset, settings.split, settings.image_batch, settings.pair_batch, settings.every_steps,
-                               show_progress)]
+                               show_progress, settings.rerank_k)]
 
 
-class RetrievalTask(Task):
-    """Retrieval evaluation of a trained model."""
+class RetrievalTask(FinetuneTask):
+    """Retrieval finetuning, and evaluation of any model with the pooling and matching heads."""
 
-    sections = {"model": ModelSection, "data": RetrievalData, "eval": RetrievalEval, "run": RunSection}
-    selection = "val/recall_mean"
+    sections = {**FinetuneTask.sections, "data": RetrievalData, "train": RetrievalTrain, "eval": RetrievalTaskEval}
+
+    @property
+    def selection(self):
+        return f"{self.config.eval.split}/recall_mean"
 
     def build_model(self):
         section = self.config.model
         return build_unimo2(section, self.config.run.seed, section.model_config(), heads=("pooling", "matching"))
 
+    def dataset(self, split):
+        config, train = self.config, self.config.train
+        if config.eval.split == "test":
+            raise ConfigError("eval.split is test, but the test split must not choose the best checkpoint; train with "
+                              "-o eval.split=val and judge it once by unimo2 eval")
+        tokenizer = Tokenizer.from_directory(config.data.vocab)
+        check_vocabulary(tokenizer, config.model.model_config(), config.data.vocab)
+        dataset = RetrievalDataset.read(config.data, tokenizer, split)
+        if train.objective == "in_batch":
+            return InBatchPairs(dataset, train.batch_size)
+        return CirclePairs(dataset, train.image_negatives, train.caption_negatives)
+
+    def collate(self, samples):
+        return collate_pairs(samples, self.split("train").dataset, self.config.model.model_config().image_size)
+
+    def loss(self, model, batch):
+        train = self.config.train
+        return in_batch_terms(model, batch) if train.objective == "in_batch" else circle_terms(model, batch, train)
+
     def evaluators(self):
         config = self.config
         tokenizer = Tokenizer.from_directory(config.data.vocab)
-        return retrieval_evaluators(config.data, config.eval, config.model.model_config(), tokenizer, config.run.progress)
+        evaluators = retrieval_evaluators(config.data, config.eval, config.model.model_config(), tokenizer, config.run.progress)
+        for evaluator in evaluators:
+            evaluator.every_steps = self.evaluate_every()
+        return evaluators
