@@ -21,12 +21,16 @@ def classifier_logits(model, batch):
     return model(**inputs)
 
 
-def build_classifier(section, seed, config, inputs, num_labels, dropout=0.1, prefix="cls_out"):
-    """A ``Unimo2Classifier`` drawn from ``seed``, then with the weights of ``section.init`` (its head may be new)."""
+def build_classifier(section, seed, config, inputs, num_labels, dropout=0.1, prefix="cls_out", new_head=True):
+    """A ``Unimo2Classifier`` drawn from ``seed``, then with the weights of ``section.init``; its head may be new if ``new_head``.
+
+    Raises:
+        CheckpointError: the weights do not fit the model.
+    """
     paddle.seed(seed)
     with paddle.utils.unique_name.guard():
         model = Unimo2Classifier(config, inputs, num_labels, dropout, prefix)
-    load_initial(model, section)
+    load_initial(model, section, ("cls_out*",) if new_head else ())
     return model
 
 
@@ -81,4 +85,5 @@ class ClassificationTask(FinetuneTask):
         raise NotImplementedError
 
     def build_model(self):
-        return build_classifier(self.config.model, self.config.run.seed, self.model_config, self.inputs, self.num_labels())
+        return build_classifier(self.config.model, self.config.run.seed, self.model_config, self.inputs, self.num_labels(),
+                                new_head=self.is_training())

@@ -89,10 +89,14 @@ class FinetuneTask(Task):
         train = self.config.train
         return train.max_steps or train.epochs * self.steps_per_epoch()
 
+    def is_training(self):
+        """Whether this is a training run (whose length was worked out from the training split), not an evaluation alone."""
+        return "train" in self._datasets
+
     def evaluate_every(self):
         """Steps between evaluations (0: only at the end). Evaluation alone has read no training data, and needs none."""
         settings = self.config.eval
-        if "train" not in self._datasets:
+        if not self.is_training():
             return 0
         if settings.every_steps:
             return settings.every_steps
