@@ -50,7 +50,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["unimo2_paddle", "unimo2_paddle.*"]),
-    package_data={"unimo2_paddle": ["**/*.yaml", "**/*.json"]},
+    package_data={"unimo2_paddle": ["**/*.yaml", "**/*.json", "**/*.txt"]},
     python_requires=">=3.9,<3.12",  # numpy 1.24.4, which paddleclas demands, has no wheels for 3.12
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

@@ -23,6 +23,8 @@ class WeightAverage:
         keep = min(self.decay, (1 + step) / (10 + step))
         with paddle.no_grad():
             for average, parameter in zip(self.averages, self.parameters):
+                if parameter.stop_gradient:
+                    continue  # frozen: its average is itself, which rounding would change
                 average.set_value(average * keep + parameter * (1.0 - keep))
 
     @contextlib.contextmanager

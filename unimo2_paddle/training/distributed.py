@@ -25,7 +25,7 @@ def wrap(layer, shard):
     """The layer with averaged gradients over all workers (a ``DataParallel`` under the strategy of :func:`start`)."""
     if shard.world_size == 1:
         return layer
-    for parameter in layer.parameters():
+    for parameter in (p for p in layer.parameters() if not p.stop_gradient):
         # the reducer reads a gradient's memory in a row; one that is a transposed view would arrive scrambled (Paddle 3.3.1)
         parameter.register_hook(lambda gradient: gradient.contiguous())
     from paddle.distributed import fleet
