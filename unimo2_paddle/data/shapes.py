@@ -154,6 +154,11 @@ def sample_scene(rng, split, types=None):
             return Scene(objects, relations, _BACKGROUNDS[rng.integers(len(_BACKGROUNDS))])
 
 
+def sample_single(rng, kind):
+    """Draws a scene of one object of the (colour, shape) ``kind``; no corpus has such scenes."""
+    return Scene(_place([kind], rng), (), _BACKGROUNDS[rng.integers(len(_BACKGROUNDS))])
+
+
 def _sample_types(rng, split, count):
     chosen = []
     while len(chosen) < count:
