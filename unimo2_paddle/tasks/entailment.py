@@ -1,0 +1,107 @@
+"""Visual entailment on SNLI-VE: is a sentence true of a picture, false, or not to be decided (UNIMO-2, Table 1)."""
+from dataclasses import dataclass
+
+import numpy as np
+import paddle.nn.functional as F
+
+from unimo2_paddle.data.formats.snli_ve import LABELS, read_snli_ve
+from unimo2_paddle.metrics.classification import accuracy, class_recalls, confusion_matrix, majority_accuracy
+from unimo2_paddle.tasks.classification import ClassificationEvaluator, classifier_logits
+from unimo2_paddle.tasks.finetune import FinetuneEval, FinetuneTrain, softmax
+from unimo2_paddle.tasks.pairs import PairData, PairTask
+
+
+@dataclass
+class EntailmentData(PairData):
+    """Group ``data`` of visual entailment, besides the keys of all pair tasks.
+
+    ``annotations``: the JSON-lines files with ``{split}`` for train, dev or test ("val" as a split is "dev"). ``image_suffix``: of
+    picture file names.
+    """
+
+    annotations: str = ""
+    image_suffix: str = ".jpg"
+
+    def problems(self):
+        found = super().problems()
+        if "{split}" not in self.annotations:
+            found.append(f"annotations: must contain {{split}}, for example data/snli_ve/snli_ve_{{split}}.jsonl; is {self.annotations!r}")
+        return found
+
+    def file(self, split):
+        """The annotation file of a split."""
+        return self.annotations.replace("{split}", "dev" if split == "val" else split)
+
+
+class EntailmentTask(PairTask):
+    """Three-way classification of (picture, hypothesis)."""
+
+    sections = {**PairTask.sections, "data": EntailmentData, "train": FinetuneTrain, "eval": FinetuneEval}
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.selection = f"{config.eval.split}/accuracy"
+
+    def num_labels(self):
+        return len(LABELS)
+
+    def description(self):
+        return {"labels": list(LABELS), "max_text_len": self.config.data.max_text_len}
+
+    def records(self, split):
+        """Hypotheses of a split."""
+        data = self.config.data
+        return read_snli_ve(data.file(split), data.images, data.image_suffix)
+
+    def target(self, record):
+        return record.label
+
+    def target_array(self, targets):
+        return np.asarray(targets, dtype=np.int64)
+
+    def loss(self, model, batch):
+        """Cross entropy."""
+        logits = classifier_logits(model, batch)
+        hits = (logits.argmax(axis=1) == batch["labels"]).astype("float32")
+        return {"loss": F.cross_entropy(logits, batch["labels"]), "accuracy": 100.0 * hits.mean().detach()}
+
+    def evaluators(self):
+        settings = self.config.eval
+        return [EntailmentEvaluator(self, settings)]
+
+
+class EntailmentEvaluator(ClassificationEvaluator):
+    """Accuracy, recall per label and the confusion matrix of a split."""
+
+    def __init__(self, task, settings):
+        super().__init__(settings.split, task.split(settings.split), task.collate, self._score, self._explain, settings.batch_size,
+                         task.evaluate_every(), self._tables)
+        self.matrix = None
+
+    def _score(self, logits, dataset):
+        labels, predicted = self._labels(dataset), logits.argmax(axis=1)
+        self.matrix = confusion_matrix(predicted, labels, len(LABELS))
+        recalls = {f"recall_{name}": float(value) for name, value in zip(LABELS, class_recalls(self.matrix)) if not np.isnan(value)}
+        return {"accuracy": accuracy(predicted, labels), **recalls}
+
+    @staticmethod
+    def _labels(dataset):
+        return np.array([record.label for record in dataset.records])
+
+    def table(self):
+        """The last run as text: accuracy, the majority baseline and the confusion matrix."""
+        lines = [super().table(), f"  most frequent label (baseline): {majority_accuracy(self._labels(self.dataset)):.2f}",
+                 f"  confusion matrix (rows: truth, columns: prediction)\n  {'':<15}" + "".join(f"{name:>15}" for name in LABELS)]
+        return "\n".join(lines + [f"  {name:<15}" + "".join(f"{count:>15}" for count in row) for name, row in zip(LABELS, self.matrix)])
+
+    def _explain(self, logits, dataset):
+        rows = []
+        for record, number, shares in zip(dataset.records, logits.argmax(axis=1), softmax(logits)):
+            rows.append({"image": record.path, "pair_id": record.pair_id, "hypothesis": record.text, "label": LABELS[record.label],
+                         "prediction": LABELS[number], "scores": {name: round(float(s), 4) for name, s in zip(LABELS, shares)},
+                         "correct": bool(number == record.label)})
+        return rows
+
+    def _tables(self, logits, dataset):
+        return [("Confusion matrix (rows: truth, columns: prediction)", ["", *LABELS],
+                 [[name, *map(int, row)] for name, row in zip(LABELS, self.matrix)])]
