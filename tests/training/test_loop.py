@@ -50,7 +50,7 @@ def train(pretrain_config, unimo2, tmp_path):
 def test_a_run_leaves_checkpoints_model_config_logs_and_board(train, tmp_path):
     run = train(changes={"run.save_every": 4, "train.pairs": {"caption": 0.5}})
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
-    assert sorted(p.name for p in (run / "best").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (run / "best").iterdir()) == ["config.json", "model.safetensors", "vocab"]
     assert load_run_config(run / "config.yaml").resolved() == load_run_config(tmp_path / "run.yaml").resolved()
     steps = records(run)
     assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6]

@@ -1,6 +1,5 @@
 """UNIMO-2 pre-training over image-caption pairs, images and texts (design notes section 6; the authors never released theirs)."""
 import os
-import os
 from dataclasses import dataclass, field
 from typing import Dict
 
