@@ -238,7 +238,7 @@ def test_the_report_holds_numbers_answers_and_a_picture(world):
     metrics = evaluator.run(tiny_model())
     target = world.path / "out" / "predictions"
     paths = evaluator.write_report(str(target))
-    assert sorted(p.name for p in target.iterdir()) == ["results.json", "retrieval.jsonl", "retrieval.png"]
+    assert sorted(p.name for p in target.iterdir()) == ["results.json", "retrieval.html", "retrieval.jsonl", "retrieval.png"]
     results = json.loads((target / "results.json").read_text())
     assert results["metrics"] == metrics and results["images"] == 5 and results["captions"] == 10
     lines = [json.loads(line) for line in (target / "retrieval.jsonl").read_text().splitlines()]

@@ -7,6 +7,7 @@ import numpy as np
 
 from unimo2_paddle.data.images import decode_image
 from unimo2_paddle.metrics.retrieval import retrieval_ranks
+from unimo2_paddle.tasks.reporting import right_and_wrong, write_html_report
 
 LISTED = 10          # answers per query in retrieval.jsonl
 SHOWN = 5            # answers per query on the sheet
@@ -23,15 +24,16 @@ def write_retrieval_report(evaluator, directory):
 
     Returns:
         dict of paths: ``results`` (metrics and sizes, JSON), ``queries`` (per query: best answers with scores, rank of the
-        right one; JSON lines), ``sheet`` (PNG).
+        right one; JSON lines), ``sheet`` (PNG), ``page`` (HTML with right and wrong answers).
     """
     os.makedirs(directory, exist_ok=True)
     paths = {key: os.path.join(directory, name) for key, name in
-             (("results", "results.json"), ("queries", "retrieval.jsonl"), ("sheet", "retrieval.png"))}
+             (("results", "results.json"), ("queries", "retrieval.jsonl"), ("sheet", "retrieval.png"), ("page", "retrieval.html"))}
     ranks = retrieval_ranks(evaluator.scores.retrieval, evaluator.dataset.text_image)
     _replace(paths["results"], lambda path: _write_results(evaluator, path))
     _replace(paths["queries"], lambda path: _write_queries(evaluator, ranks, path))
     _replace(paths["sheet"], lambda path: _draw_sheet(evaluator, ranks, path))
+    _write_page(evaluator, ranks, paths["page"])
     return paths
 
 
@@ -51,7 +53,7 @@ def _write_results(evaluator, path):
     dataset = evaluator.dataset
     content = {
         "name": evaluator.name, "images": len(dataset), "captions": len(dataset.captions),
-        "score": f"matching logit + {evaluator.score_weight:g} x contrastive score",
+        "score": f"matching logit + {evaluator.score_weight:g} x contrastive score", "rerank_k": evaluator.rerank_k,
         "metrics": evaluator.metrics, "chance": evaluator.chance(),
     }
     with open(path, "w", encoding="utf-8") as file:
@@ -83,6 +85,20 @@ def _write_queries(evaluator, ranks, path):
             line = {"direction": "image_to_text", "query": name, "right": np.flatnonzero(dataset.text_image == image).tolist(),
                     "rank": int(ranks[1][image]), "top": top}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _write_page(evaluator, ranks, path):
+    """Captions with the picture they found; the first wrong and right ones."""
+    dataset, scores = evaluator.dataset, evaluator.scores.retrieval
+    rows = []
+    for text, right in enumerate(dataset.text_image.tolist()):
+        found = int(_best(scores[text], 1)[0])
+        rows.append({"correct": ranks[0][text] == 1, "image": dataset.image_paths[found], "caption": dataset.captions[text],
+                     "found": f"{dataset.image_ids[found]} (score {scores[text, found]:.3f})",
+                     "right": f"{dataset.image_ids[right]} (score {scores[text, right]:.3f}, rank {ranks[0][text]} of {len(dataset)})",
+                     "captions of the picture found": " / ".join(dataset.captions[t] for t in np.flatnonzero(dataset.text_image == found)[:2])})
+    write_html_report(path, f"Retrieval, {evaluator.name}", evaluator.metrics, right_and_wrong(rows), notes=[
+        f"{len(dataset)} pictures, {len(dataset.captions)} captions. Each card is a caption with the picture that it found."])
 
 
 def _rounded(score):
