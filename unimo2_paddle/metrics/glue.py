@@ -26,7 +26,10 @@ def matthews(predictions, labels):
     """
     from sklearn.metrics import matthews_corrcoef
 
-    return 100.0 * float(matthews_corrcoef(*reversed(_checked(predictions, labels))))
+    predictions, labels = _checked(predictions, labels)
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return 100.0 * float(matthews_corrcoef(labels, predictions))
 
 
 def pearson(predictions, labels):

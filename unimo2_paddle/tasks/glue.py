@@ -207,7 +207,8 @@ class GlueTask(ClassificationTask):
 
     def build_model(self):
         config = self.config
-        return build_classifier(config.model, config.run.seed, self.model_config, self.inputs, self.num_labels(), config.train.dropout)
+        return build_classifier(config.model, config.run.seed, self.model_config, self.inputs, self.num_labels(), config.train.dropout,
+                                new_head=self.is_training())
 
     def dataset(self, split):
         """The sentences of ``split``, or of ``split:part`` (``val:matched``)."""
