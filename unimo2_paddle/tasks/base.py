@@ -20,6 +20,7 @@ TASKS = {
     "captioning": "unimo2_paddle.tasks.captioning:CaptioningTask",
     "glue": "unimo2_paddle.tasks.glue:GlueTask",
     "imagenet": "unimo2_paddle.tasks.imagenet:ImagenetTask",
+    "zeroshot": "unimo2_paddle.tasks.zeroshot:ZeroShotTask",
 }
 CONFIG_DIRECTORY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "models", "configs")
 
