@@ -1,0 +1,179 @@
+"""Captioning data: pictures, their object tags and captions, as samples and batches."""
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from unimo2_paddle.data.collate import FIRST_POSITION, PAD_POSITION, flat_positions, pad, text_arrays, with_special_tokens
+from unimo2_paddle.data.formats.coco_captions import CaptionImage, read_caption_filelist, read_coco_captions, read_object_tags
+from unimo2_paddle.data.formats.karpathy import read_karpathy
+from unimo2_paddle.data.formats.pictures import require_pictures
+from unimo2_paddle.data.images import Augmentation, augment_image, decode_image, resize_image
+from unimo2_paddle.errors import DataError
+
+FORMATS = ("karpathy", "coco", "filelist")
+
+
+@dataclass
+class CaptioningData:
+    """Group ``data``.
+
+    ``annotations``: a Karpathy JSON; for ``format: coco`` a COCO or NoCaps annotation file, for ``format: filelist`` the authors'
+    filelist, both with ``{split}`` where the split's name stands. ``objects``: the authors' object-tag file (empty: no tags).
+    ``references``: COCO annotations to judge by where the data have no captions themselves (filelists), may hold ``{split}``.
+    ``include_restval``: train also on COCO's restval, as everybody does.
+    """
+
+    annotations: str
+    images: str
+    vocab: str
+    format: str = "karpathy"
+    objects: str = ""
+    references: str = ""
+    max_text_len: int = 50
+    max_objects: int = 100
+    include_restval: bool = False
+    exif: bool = True
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    num_workers: int = 0
+
+    def problems(self):
+        found = [f"{key}: is empty; give a path" for key in ("annotations", "images", "vocab") if not getattr(self, key)]
+        found += [f"{key}: must be at least {low}, is {getattr(self, key)}"
+                  for key, low in (("max_text_len", 3), ("max_objects", 2), ("num_workers", 0)) if getattr(self, key) < low]
+        if self.format not in FORMATS:
+            found.append(f"format: {self.format!r} is not one of {', '.join(FORMATS)}")
+        elif self.format != "karpathy" and "{split}" not in self.annotations:
+            found.append("annotations: write {split} where the split's name stands, for example captions_{split}.json")
+        return found
+
+
+def read_images(data, split):
+    """The :class:`CaptionImage` of a split.
+
+    Raises:
+        DataError: files are missing or malformed.
+    """
+    place = data.annotations.replace("{split}", split)
+    if data.format == "karpathy":
+        found = read_karpathy(place, data.images, split, data.include_restval)
+        images = [CaptionImage(image.image_id, image.path, image.captions) for image in found]
+    else:
+        images = (read_coco_captions if data.format == "coco" else read_caption_filelist)(place, data.images)
+        require_pictures(data.images, [image.path for image in images], place)
+    if data.references and split != "train":
+        _add_references(images, data.references.replace("{split}", split))
+    return images
+
+
+def _add_references(images, path):
+    known = {image.image_id: image for image in read_coco_captions(path, "")}
+    for image in images:
+        if image.image_id not in known:
+            raise DataError(f"{path}: has no captions of image {image.image_id}")
+        image.captions, image.domain = known[image.image_id].captions, known[image.image_id].domain
+
+
+class CaptionDataset:
+    """A split: samples are captions (training) or pictures (evaluation and self-critical training).
+
+    Attributes:
+        images: list of ``CaptionImage``; tags: id list per picture, or ``None`` when there are no object tags.
+        items: (picture, caption) numbers of the samples; the caption is ``None`` when a sample is a picture.
+    """
+
+    def __init__(self, images, tokenizer, image_size, data, tags=None, by_caption=True):
+        self.images, self.tokenizer, self.image_size, self.data = images, tokenizer, image_size, data
+        self.tags = tags
+        self.items = [(number, None) for number in range(len(images))]
+        if by_caption:
+            self.items = [(number, k) for number, image in enumerate(images) for k in range(len(image.tokens) or len(image.captions))]
+        for image in images:
+            largest = max((max(ids) for ids in image.tokens), default=0)
+            if largest >= tokenizer.vocab_size:
+                raise DataError(f"{data.annotations}: token id {largest} of image {image.image_id} is outside the vocabulary of "
+                                f"{tokenizer.vocab_size} entries ({data.vocab})")
+
+    @classmethod
+    def read(cls, data, tokenizer, image_size, split, by_caption, max_images=0):
+        """The data set that the group ``data`` describes.
+
+        Raises:
+            DataError: files are missing or malformed, a picture has no object tags, or no picture has a caption to train on.
+        """
+        images = read_images(data, split)
+        images = images[:max_images] if max_images else images
+        tags = None
+        if data.objects:
+            known = read_object_tags(data.objects, data.max_objects)
+            absent = [image.image_id for image in images if image.image_id not in known]
+            if absent:
+                raise DataError(f"{data.objects}: no object tags for {len(absent)} of {len(images)} pictures, the first is {absent[0]}")
+            tags = [known[image.image_id] for image in images]
+        dataset = cls(images, tokenizer, image_size, data, tags, by_caption)
+        if not dataset.items:
+            raise DataError(f"{data.annotations}: split {split!r} has no captions to learn from")
+        return dataset
+
+    def __len__(self):
+        return len(self.items)
+
+    def sample(self, index, rng):
+        """A mapping with ``picture`` (number), ``image`` uint8 ``[S, S, 3]``, ``tags`` and ``caption`` (ids or ``None``)."""
+        number, k = self.items[index]
+        pixels = decode_image(self.images[number].path, exif=self.data.exif)
+        image = resize_image(pixels, self.image_size) if rng is None else augment_image(pixels, self.image_size, self.data.augmentation, rng)
+        return {"picture": number, "image": image, "tags": None if self.tags is None else self.tags[number],
+                "caption": None if k is None else self.caption_ids(number, k)}
+
+    def caption_ids(self, number, k):
+        """Caption ``k`` of a picture as ``[CLS] ... [SEP]``, cut to ``max_text_len`` with [SEP] kept."""
+        image, most = self.images[number], self.data.max_text_len
+        if not image.tokens:
+            return with_special_tokens(self.tokenizer.encode(image.captions[k]), self.tokenizer, most)
+        ids = image.tokens[k]
+        return ids if len(ids) <= most else ids[: most - 1] + [self.tokenizer.sep_id]
+
+    def references(self, number):
+        """The captions of a picture as texts."""
+        image = self.images[number]
+        return image.captions or [self.tokenizer.decode(ids) for ids in image.tokens]
+
+    def name(self, number):
+        """What predictions call a picture: (id, file)."""
+        image = self.images[number]
+        return image.image_id, os.path.normpath(image.path)
+
+
+def picture_arrays(samples, pad_id):
+    """``picture`` int64 ``[B]``, ``image`` uint8 ``[B, S, S, 3]`` and, with object tags, ``tag_ids``, ``tag_positions``, ``tag_mask``."""
+    arrays = {"picture": np.array([s["picture"] for s in samples], dtype="int64"), "image": np.stack([s["image"] for s in samples])}
+    if samples[0]["tags"] is not None:
+        tags = text_arrays([s["tags"] for s in samples], pad_id)
+        arrays.update(tag_ids=tags["input_ids"], tag_positions=tags["position_ids"], tag_mask=tags["text_mask"])
+    return arrays
+
+
+def target_arrays(captions, tags, pad_id):
+    """The text side of sequence-to-sequence training: tags ++ caption, no padding between them.
+
+    Args:
+        captions: id lists ``[CLS] ... [SEP]``; tags: id lists or ``None``.
+
+    Returns:
+        dict of ``input_ids``, ``position_ids`` int64 ``[B, L]`` (both parts count from 2), ``text_mask`` float32 ``[B, L, L]`` (all see the
+        tags, the caption sees itself up to the present token), ``predict_from`` int64 ``[N]`` (flat places whose next token is predicted)
+        and ``labels`` int64 ``[N]``.
+    """
+    tags = [[]] * len(captions) if tags is None else tags
+    sizes = [(len(t), len(t) + len(c)) for t, c in zip(tags, captions)]
+    length = max(end for _, end in sizes)
+    mask = np.zeros([len(captions), length, length], dtype="float32")
+    for visible, (start, end) in zip(mask, sizes):
+        visible[:end, :start] = 1.0
+        visible[start:end, start:end] = np.tril(np.ones([end - start, end - start]))
+    positions = [[*range(FIRST_POSITION, FIRST_POSITION + len(t)), *range(FIRST_POSITION, FIRST_POSITION + len(c))]
+                 for t, c in zip(tags, captions)]
+    return {"input_ids": pad([[*t, *c] for t, c in zip(tags, captions)], pad_id), "position_ids": pad(positions, PAD_POSITION),
+            "text_mask": mask, "predict_from": flat_positions([range(start, end - 1) for start, end in sizes], length),
+            "labels": np.concatenate([np.asarray(c[1:], dtype="int64") for c in captions])}
