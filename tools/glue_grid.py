@@ -108,9 +108,9 @@ class Grid:
                 print(f"[{number}/{len(self.settings)}] {told}: finished before", flush=True)
                 continue
             print(f"[{number}/{len(self.settings)}] {told}", flush=True)
-            program = ["bash", str(TOOLS / "launch.sh"), self.args.config] if self.args.launch else [sys.executable, str(TOOLS / "train.py"), "-c", self.args.config]
+            program = ["bash", str(TOOLS / "launch.sh")] if self.args.launch else [sys.executable, str(TOOLS / "train.py"), "-c"]
             options = [word for override in self.overrides(setting) for word in ("-o", override)]
-            if subprocess.run([*program, *options, "--resume", "auto"]).returncode:
+            if subprocess.run([*program, self.args.config, *options, "--resume", "auto"]).returncode:
                 self.failed.append(told)
                 print(f"    failed; see {self.directory(setting) / 'train.log'}", flush=True)
                 continue

@@ -45,7 +45,7 @@ def test_correlations_equal_their_definitions_with_ties(pairs):
 def test_matthews_and_accuracy_equal_their_definitions(pairs):
     predictions, labels = zip(*pairs)
     assert glue.matthews(predictions, labels) == pytest.approx(slow_matthews(predictions, labels), abs=1e-6)
-    assert glue.accuracy(predictions, labels) == pytest.approx(100 * sum(p == l for p, l in pairs) / len(pairs))
+    assert glue.accuracy(predictions, labels) == pytest.approx(100 * sum(one == other for one, other in pairs) / len(pairs))
 
 
 def test_matthews_of_three_classes_is_the_correlation_of_the_confusion_matrix():

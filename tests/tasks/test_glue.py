@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
+from unimo2_paddle.config import load_run_config
 from unimo2_paddle.data.demo_tasks.glue import write
 from unimo2_paddle.data.formats.glue import GLUE, check_submission
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import ConfigError, DataError
-from unimo2_paddle.config import load_run_config
 from unimo2_paddle.tasks.base import to_tensors
 from unimo2_paddle.tasks.glue import GlueTask, encode_text
 
