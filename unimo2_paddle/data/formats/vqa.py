@@ -56,34 +56,43 @@ def read_vqa(questions, images_dir, annotations="", image_pattern=IMAGE_PATTERN,
             or pictures are missing.
     """
     answered = read_annotations(annotations) if annotations else None
-    document = JsonArray(questions, "questions")
-    rows, seen = [], set()
-    for number, entry in document:
-        where = f"{questions}: questions[{number}]"
-        row = (_integer(entry, "question_id", where), _integer(entry, "image_id", where), _text(entry, "question", where).strip())
-        if row[0] in seen:
-            raise DataError(f"{where}: question {row[0]} occurs twice")
-        seen.add(row[0])
-        rows.append((where, *row))
-    if not rows:
-        raise DataError(f"{questions}: has no questions")
-    subtype = document.header.get("data_subtype")
-    if not isinstance(subtype, str) or not subtype:
-        raise DataError(f'{questions}: has no "data_subtype" (such as train2014), which names the picture files')
-    subtype = subtype.replace("test-dev", "test")  # the test-dev questions are about pictures of test2015
+    rows, subtype = _read_questions(questions)
     if answered is not None:
-        unanswered = [row[1] for row in rows if row[1] not in answered]
+        unanswered = [question_id for question_id, _, _ in rows if question_id not in answered]
         if unanswered:
             raise DataError(f"{annotations}: {len(unanswered)} of {len(rows)} questions of {questions} have no annotation, the first is "
                             f"{unanswered[0]}; give the two files of one split")
     found = []
-    for where, question_id, image_id, text in rows:
+    for number, (question_id, image_id, text) in enumerate(rows):
         name = _file_name(image_pattern, subtype, image_id)
-        path = picture_path(images_dir, name, f"{where}.image_id")
+        path = picture_path(images_dir, name, f"{questions}: questions[{number}].image_id")
         found.append(VisualQuestion(question_id, image_id, text, path, answered[question_id] if answered is not None else None))
     if check_pictures:
         require_pictures(images_dir, list(dict.fromkeys(question.path for question in found)), questions)
     return found
+
+
+def _read_questions(path):
+    """(question id, image id, text) of all questions, and the subtype in the names of their pictures."""
+    document = JsonArray(path, "questions")
+    rows, seen = [], set()
+    for number, entry in document:
+        where = f"{path}: questions[{number}]"
+        rows.append((_integer(entry, "question_id", where), _integer(entry, "image_id", where), _text(entry, "question", where).strip()))
+        if rows[-1][0] in seen:
+            raise DataError(f"{where}: question {rows[-1][0]} occurs twice")
+        seen.add(rows[-1][0])
+    if not rows:
+        raise DataError(f"{path}: has no questions")
+    subtype = document.header.get("data_subtype")
+    if not isinstance(subtype, str) or not subtype:
+        raise DataError(f'{path}: has no "data_subtype" (such as train2014), which names the picture files')
+    return rows, subtype.replace("test-dev", "test")  # the test-dev questions are about pictures of test2015
+
+
+def read_question_ids(path):
+    """Ids of all questions of a question file, for checking a submission."""
+    return [question_id for question_id, _, _ in _read_questions(path)[0]]
 
 
 def read_annotations(path):
