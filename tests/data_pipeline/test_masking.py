@@ -77,8 +77,8 @@ def test_masked_tokens_become_mask_random_or_themselves_in_80_10_10():
 
 def test_random_replacements_leave_out_the_four_first_ids_and_reach_the_last():
     rng = np.random.default_rng(2)
-    masked, positions = mask_spans([4] * 4000, [True] * 4000, [False] * 4000, rng, 8, 9, ratio=0.9)
-    assert set(masked[positions]) == {4, 5, 6, 7, 8}
+    masked, positions = mask_spans([4] * 4000, [True] * 4000, [False] * 4000, rng, 20, 9, ratio=0.9)
+    assert set(masked[positions]) == {4, 5, 6, 7, 8, 20}
 
 
 def test_span_lengths_follow_the_cut_geometric_distribution():

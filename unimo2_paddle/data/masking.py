@@ -114,6 +114,5 @@ def sequence_fragments(ids, rng, cls_id, sep_id, first_position=2):
     length = len(tokens)
     mask = np.tril(np.ones((length, length), dtype=np.float32))
     mask[:, :source_length] = 1.0
-    mask[:source_length, source_length:] = 0.0
     return Fragments(np.array(tokens, dtype=np.int64), np.array(positions, dtype=np.int64), mask,
                      np.array(predict_from, dtype=np.int64), np.array(labels, dtype=np.int64))
