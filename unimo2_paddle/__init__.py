@@ -11,6 +11,7 @@ _PUBLIC = {
     "Unimo2Model": "unimo2_paddle.models.unimo2",
     "Tokenizer": "unimo2_paddle.data.tokenizer",
     "load_image": "unimo2_paddle.data.images",
+    "Predictor": "unimo2_paddle.serving.predictor",
     "LoadReport": "unimo2_paddle.checkpoints.released",
     "load_released": "unimo2_paddle.checkpoints.released",
     "save_released": "unimo2_paddle.checkpoints.released",

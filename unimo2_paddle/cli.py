@@ -5,6 +5,7 @@ import sys
 import unimo2_paddle
 from unimo2_paddle.errors import Unimo2Error, UserInputError
 from unimo2_paddle.runtime import import_paddle, prepare_process
+from unimo2_paddle.serving.command import add_arguments as add_predict_arguments
 
 
 def _train(args):
@@ -17,6 +18,12 @@ def _eval(args):
     from unimo2_paddle.training.loop import evaluate_from_config
 
     evaluate_from_config(args.config, args.override)
+
+
+def _predict(args):
+    from unimo2_paddle.serving.command import predict
+
+    predict(args)
 
 
 def _validate(args):
@@ -56,7 +63,7 @@ def _demo(args):
     run_demo(args.out, seed=args.seed)
 
 
-_WITH_PADDLE = (_train, _eval, _validate, _init, _demo)
+_WITH_PADDLE = (_train, _eval, _predict, _validate, _init, _demo)
 
 
 def _add_config_arguments(parser):
@@ -83,6 +90,7 @@ def build_parser():
                      help="continue from the newest complete checkpoint of the run (auto) or from PATH; default: none")
     sub = command("eval", _eval, "Evaluate a checkpoint with a task's evaluators and write the report.")
     _add_config_arguments(sub)
+    add_predict_arguments(command("predict", _predict, "Predict from a checkpoint directory: pictures, texts or both in, JSON lines out."))
     sub = command("validate", _validate, "Check a run configuration and print it resolved, or every error at once.")
     _add_config_arguments(sub)
 

@@ -1,0 +1,1 @@
+"""Using trained models: predictions from a checkpoint directory, retrieval from an index."""

@@ -1,0 +1,323 @@
+"""Predictions from a checkpoint directory alone: what ``best/`` of a finetuning run holds is enough."""
+import hashlib
+import os
+from typing import NamedTuple, Optional
+
+import numpy as np
+import paddle
+
+from unimo2_paddle.data.collate import FIRST_POSITION, text_arrays, with_special_tokens
+from unimo2_paddle.data.images import decode_image, resize_image
+from unimo2_paddle.data.tokenizer import Tokenizer
+from unimo2_paddle.errors import CheckpointError, ImageError, UserInputError
+from unimo2_paddle.models.generation import Decoding, generate
+from unimo2_paddle.serving.results import Answered, Captioned, Classified, Matched, Scored
+from unimo2_paddle.tasks.base import ModelSection, build_unimo2, check_vocabulary, normalise_tensor, to_tensors
+from unimo2_paddle.tasks.classification import build_classifier, classifier_logits
+from unimo2_paddle.tasks.finetune import TASK_FILE, read_task_file, softmax
+from unimo2_paddle.tasks.glue import encode_text
+from unimo2_paddle.tasks.imagenet import centre_crop
+from unimo2_paddle.tasks.retrieval_scoring import contrastive_scores, encode_captions, encode_pictures, matching_logits
+
+FIELDS = ("image", "text", "text_b")
+ALIASES = {"question": "text", "hypothesis": "text", "sentence": "text", "text_a": "text"}
+
+
+class Request(NamedTuple):
+    """One checked input: a uint8 picture ``[S, S, 3]`` and texts, where given."""
+
+    image: Optional[np.ndarray]
+    text: Optional[str]
+    text_b: Optional[str]
+
+
+class Predictor:
+    """The model of a checkpoint directory with everything around it.
+
+    Args:
+        directory: ``best/`` of a finetuning run (any task), or a pre-trained model with its vocabulary, which scores pairs.
+        top: how many classes or answers a result names.
+
+    Raises:
+        CheckpointError: the directory is no such checkpoint, or is damaged.
+
+    A predictor is called with an image (file, bytes of a file, or uint8 array ``[H, W, 3]`` RGB) and texts, as its task needs::
+
+        Predictor("output/vqa/best")(image="a.jpg", question="What is on the table?").answer
+    """
+
+    def __init__(self, directory, top=5):
+        self.directory = os.fspath(directory)
+        if not os.path.isdir(self.directory):
+            raise CheckpointError(f"{self.directory} is not a directory; give the best/ directory of a finetuning run")
+        if top < 1:
+            raise UserInputError(f"top: must be at least 1, is {top}")
+        self.about = read_task_file(self.directory) if os.path.isfile(os.path.join(self.directory, TASK_FILE)) else {"task": "retrieval"}
+        self.task = self.about.get("task")
+        if self.task not in PREDICTORS:
+            raise CheckpointError(f"{self.directory}: no predictions for task {self.task!r}; there are some for {', '.join(PREDICTORS)}")
+        try:
+            self.kind = PREDICTORS[self.task](self.directory, self.about, top)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{os.path.join(self.directory, TASK_FILE)}: not as this version writes it ({type(error).__name__}: {error}); "
+                                  "finetune again, or use the version that wrote it") from None
+
+    @property
+    def needs(self):
+        """Names of the inputs that a prediction must have."""
+        return self.kind.needs
+
+    def __call__(self, image=None, text=None, text_b=None, **aliases):
+        """The result for one input; ``question``, ``hypothesis`` and ``sentence`` are other names of ``text``.
+
+        Returns:
+            a type of :mod:`unimo2_paddle.serving.results`.
+
+        Raises:
+            UserInputError: an input is missing or not wanted; ImageError: the picture cannot be read.
+        """
+        given = {"image": image, "text": text, "text_b": text_b, **aliases}
+        return self.predict_batch([{name: value for name, value in given.items() if value is not None}])[0]
+
+    def predict_batch(self, requests, batch_size=32, names=()):
+        """The results of many inputs, in order.
+
+        Args:
+            requests: iterable of mappings with the arguments of a call; batch_size: inputs per forward.
+            names: what to call the requests in messages; default: "request 1" ...
+
+        Raises:
+            as a call, naming the request.
+        """
+        results, pending = [], []
+        for number, request in enumerate(requests):
+            pending.append(self._checked(request, names[number] if names else f"request {number + 1}"))
+            if len(pending) == batch_size:
+                results += self._run(pending)
+                pending = []
+        return results + (self._run(pending) if pending else [])
+
+    def _run(self, requests):
+        with paddle.no_grad():
+            return self.kind.predict(requests)
+
+    def _checked(self, request, name):
+        where, values = f"{name}: ", {}
+        for name, value in request.items():
+            field = ALIASES.get(name, name)
+            if field not in FIELDS:
+                raise UserInputError(f"{where}unknown input {name!r}; known: {', '.join((*FIELDS, *ALIASES))}")
+            if field in values:
+                raise UserInputError(f"{where}{field} is given twice ({', '.join(n for n in request if ALIASES.get(n, n) == field)})")
+            values[field] = value
+        missing = [field for field in self.kind.needs if values.get(field) is None]
+        unwanted = [field for field in values if field not in self.kind.needs and field not in self.kind.optional]
+        if missing or unwanted:
+            told = [f"needs {' and '.join(missing)}"] * bool(missing) + [f"takes no {' and no '.join(unwanted)}"] * bool(unwanted)
+            raise UserInputError(f"{where}the {self.task} model {', and '.join(told)}")
+        for field in ("text", "text_b"):
+            if values.get(field) is not None and not isinstance(values[field], str):
+                raise UserInputError(f"{where}{field} must be a text, is {type(values[field]).__name__}")
+        if values.get("image") is not None:
+            values["image"] = self.kind.picture(read_picture(values["image"], where))
+        return Request(*(values.get(field) for field in FIELDS))
+
+
+def read_picture(image, where=""):
+    """A picture as uint8 ``[H, W, 3]`` RGB from a path, the bytes of a file, or such an array.
+
+    Raises:
+        ImageError: it cannot be read; the message begins with ``where``.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise ImageError(f"{where}an image array must be uint8 [H, W, 3] in RGB order, is {image.dtype} {list(image.shape)}")
+        return image
+    if not isinstance(image, (str, bytes, os.PathLike)):
+        raise ImageError(f"{where}image must be a path, the bytes of a file or an array, is {type(image).__name__}")
+    try:
+        return decode_image(image)
+    except ImageError as error:
+        raise ImageError(f"{where}{error}") from None
+
+
+class _Kind:
+    """How one kind of task predicts. ``needs`` and ``optional`` are the inputs it takes."""
+
+    needs, optional = (), ()
+
+    def __init__(self, directory, about, top):
+        self.section, self.top, self.about = ModelSection(init=directory), top, about
+        if not os.path.isfile(os.path.join(directory, "config.json")):
+            raise CheckpointError(f"{directory} has no config.json; give the best/ directory of a finetuning run")
+        self.config = self.section.model_config()
+        self.tokenizer = None
+        if self.takes("text"):
+            vocab = os.path.join(directory, "vocab")
+            self.tokenizer = Tokenizer.from_directory(vocab)
+            check_vocabulary(self.tokenizer, self.config, vocab)
+        self.max_text_len = int(about.get("max_text_len", self.config.text_max_position_embeddings - FIRST_POSITION))
+        self.build()
+
+    def takes(self, field):
+        return field in self.needs or field in self.optional
+
+    def build(self):
+        """Make the model and read what the task file tells."""
+        raise NotImplementedError
+
+    def predict(self, requests):
+        """Results of a list of :class:`Request`, under ``no_grad``."""
+        raise NotImplementedError
+
+    def picture(self, image):
+        """A decoded picture at the model's size."""
+        return resize_image(image, self.config.image_size)
+
+    def text_batch(self, requests):
+        """Padded arrays of the requests' texts."""
+        return text_arrays([with_special_tokens(self.tokenizer.encode(request.text), self.tokenizer, self.max_text_len) for request in requests],
+                           self.tokenizer.pad_id)
+
+    def batch(self, requests):
+        """The arrays of a batch: pictures and texts as the task has them."""
+        arrays = self.text_batch(requests) if self.takes("text") else {}
+        if self.takes("image"):
+            arrays["image"] = np.stack([request.image for request in requests])
+        return to_tensors(arrays)
+
+
+class _Classifier(_Kind):
+    """Everything with one fully connected layer on top; subclasses name classes and inputs."""
+
+    inputs = "pair"
+
+    def classes(self):
+        """Names of the head's outputs."""
+        return list(self.about["labels"])
+
+    def build(self):
+        self.names = self.classes()
+        self.model = build_classifier(self.section, 0, self.config, self.inputs, max(1, len(self.names)), 0.0, new_head=False)
+        self.model.eval()
+
+    def best(self, probabilities):
+        """The ``top`` best classes of one row as ``{name: probability}``, best first."""
+        order = np.argsort(-probabilities, kind="stable")[: self.top]
+        return {self.names[i]: round(float(probabilities[i]), 6) for i in order}
+
+    def predict(self, requests):
+        results = []
+        for row in softmax(classifier_logits(self.model, self.batch(requests)).numpy().astype("float64")):
+            best = self.best(row)
+            label = next(iter(best))
+            results.append(Classified(label, best[label], best))
+        return results
+
+
+class _Entailment(_Classifier):
+    needs = ("image", "text")
+
+
+class _Vqa(_Classifier):
+    needs = ("image", "text")
+
+    def classes(self):
+        return list(self.about["answers"])
+
+    def predict(self, requests):
+        results = []
+        for row in classifier_logits(self.model, self.batch(requests)).numpy().astype("float64"):
+            best = self.best(1.0 / (1.0 + np.exp(-row)))
+            answer = next(iter(best))
+            results.append(Answered(answer, best[answer], best))
+        return results
+
+
+class _Glue(_Classifier):
+    inputs = "text"
+    needs, optional = ("text",), ("text_b",)
+
+    def build(self):
+        self.needs, self.optional = (("text", "text_b"), ()) if self.about["pair"] else (("text",), ())
+        super().build()
+
+    def text_batch(self, requests):
+        return text_arrays([encode_text(self.tokenizer, request.text, request.text_b, self.max_text_len) for request in requests], self.tokenizer.pad_id)
+
+    def predict(self, requests):
+        if self.names:
+            return super().predict(requests)
+        return [Scored(round(float(score), 4)) for score in classifier_logits(self.model, self.batch(requests))[:, 0].numpy()]
+
+
+class _Image(_Classifier):
+    inputs = "image"
+    needs = ("image",)
+
+    def classes(self):
+        return list(self.about["names"])
+
+    def picture(self, image):
+        return centre_crop(image, self.config.image_size, float(self.about["centre_crop"]))
+
+
+class _Caption(_Kind):
+    """Captions; for a model trained with object tags the text holds the tags, as words."""
+
+    needs, optional = ("image",), ("text",)
+
+    def build(self):
+        self.needs, self.optional = (("image", "text"), ()) if self.about["object_tags"] else (("image",), ())
+        self.decoding = Decoding(**self.about["decoding"])
+        # a captioner of the authors lacks the contrastive temperature, and captions do not need it
+        self.section.allow_missing = ["cmcl_temperature"]
+        self.model = build_unimo2(self.section, 0, self.config, heads=("masked_lm",))
+        self.model.eval()
+        self.word_starts = self.tokenizer.word_start_table() if self.decoding.block_trigrams else None
+
+    def predict(self, requests):
+        batch = self.batch(requests)
+        tags = (batch["input_ids"], batch["position_ids"], batch["text_mask"]) if self.takes("text") else None
+        found = generate(self.model, normalise_tensor(batch["image"]), self.tokenizer.cls_id, self.tokenizer.sep_id, self.decoding, tags,
+                         self.word_starts)
+        results = []
+        for hypotheses in found:
+            texts = [self.tokenizer.decode(hypothesis.ids).strip() for hypothesis in hypotheses]
+            results.append(Captioned(texts[0], round(float(hypotheses[0].scores[-1]), 6), texts[1: self.top]))
+        return results
+
+
+class _Retrieval(_Kind):
+    """Scores of pairs; searching a collection is :mod:`unimo2_paddle.serving.index`."""
+
+    needs = ("image", "text")
+
+    def build(self):
+        self.model, self._fingerprint = build_unimo2(self.section, 0, self.config, heads=("pooling", "matching")), None
+        self.model.eval()
+
+    def fingerprint(self):
+        """A text that is the same for the same weights, wherever they lie."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for parameter in sorted(self.model.parameters(), key=lambda p: p.name):
+                digest.update(parameter.name.encode() + parameter.numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def predict(self, requests):
+        batch = self.batch(requests)
+        return self.match(encode_pictures(self.model, batch["image"]),
+                          encode_captions(self.model, batch["input_ids"], batch["position_ids"], batch["text_mask"]))
+
+    def match(self, images, texts):
+        """:class:`Matched` of row n of both sides."""
+        logits = matching_logits(self.model, images, texts).numpy().astype("float64")
+        contrastive = contrastive_scores(images, texts).numpy()
+        weight = self.model.config.cmcl_score_weight
+        return [Matched(float(pair[1] + weight * alike), float(share[1]), float(alike))
+                for pair, share, alike in zip(logits, softmax(logits), contrastive)]
+
+
+PREDICTORS = {"glue": _Glue, "entailment": _Entailment, "vqa": _Vqa, "imagenet": _Image, "captioning": _Caption, "retrieval": _Retrieval}
