@@ -19,7 +19,7 @@ from unimo2_paddle.data.shapes import COLOURS, RELATIONS, SHAPES
 from unimo2_paddle.metrics.vqa import normalise_answer
 
 SUBTYPES = {"train": "train2014", "dev": "val2014", "test": "test2015"}
-QUESTIONS_PER_PICTURE = 5  # one of each kind
+IDS_PER_SPLIT = 10 ** 6  # like COCO's, the ids of pictures and questions are unique over all splits
 PEOPLE = 10
 _CARELESS = 0.06  # of the answers: another one of the same kind
 _WORDED = 0.08    # of the answers: a synonym, or a number as a word
@@ -40,8 +40,9 @@ def write(directory, demo_directory, seed):
     for place, (split, subtype) in enumerate(SUBTYPES.items()):
         scenes = [(row, scene) for row, scene in read_scenes(demo_directory, split) if not row["key"].startswith("image")]
         questions, annotations, pictures = [], [], []
-        for image_id, (row, scene) in enumerate(scenes, 1):
-            rng = generator(seed, place, image_id)
+        for picture, (row, scene) in enumerate(scenes, 1):
+            rng = generator(seed, place, picture)
+            image_id = place * IDS_PER_SPLIT + picture
             pictures.append((row, os.path.join(directory, subtype, f"COCO_{subtype}_{image_id:012d}.jpg")))
             for number, ask in enumerate((_colour, _shape, _count, _existence, _relation)):
                 text, question_type, answer_type, answer, others = ask(scene, rng)
