@@ -3,6 +3,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -20,8 +21,12 @@ from unimo2_paddle.models.generation import Decoding
 from unimo2_paddle.models.unimo2 import Unimo2Model
 from unimo2_paddle.serving.index import RetrievalIndex, collect_items
 from unimo2_paddle.serving.results import Answered, Captioned, Classified, Matched, Scored
+from unimo2_paddle.tasks.captioning import CaptioningTask
+from unimo2_paddle.tasks.entailment import EntailmentTask
 from unimo2_paddle.tasks.finetune import copy_vocabulary
-from unimo2_paddle.tasks.glue import encode_text
+from unimo2_paddle.tasks.glue import GlueTask, encode_text
+from unimo2_paddle.tasks.imagenet import ImagenetTask
+from unimo2_paddle.tasks.vqa import VqaTask
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LABELS = ["contradiction", "neutral", "entailment"]
@@ -42,6 +47,15 @@ ABOUT = {
 INPUTS = {"mnli": "text", "sst2": "text", "stsb": "text", "entailment": "pair", "vqa": "pair", "imagenet": "image"}
 NEEDS = {"mnli": ("text", "text_b"), "sst2": ("text",), "stsb": ("text", "text_b"), "imagenet": ("image",), "captioning": ("image",)}
 TEXTS = {"text": "A small red ring is left of a blue box.", "text_b": "There is a ring."}
+
+
+def test_the_task_files_of_these_tests_have_the_keys_the_tasks_write():
+    settings = SimpleNamespace(
+        data=SimpleNamespace(max_text_len=64, objects="", dataset="mnli", class_names=lambda: LABELS),
+        eval=SimpleNamespace(decoding=Decoding(), centre_crop=0.0))
+    stand_in = SimpleNamespace(config=settings, data=settings.data, answers=["yes"], frequent=dict, classes=["n1"], names=["cat"], inputs="image")
+    for name, task in (("mnli", GlueTask), ("entailment", EntailmentTask), ("vqa", VqaTask), ("imagenet", ImagenetTask), ("captioning", CaptioningTask)):
+        assert set(task.description(stand_in)) == set(ABOUT[name]) - {"task"}, name
 
 
 def random_weights(model, seed=5):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from unimo2_paddle import Predictor
 from unimo2_paddle.config import load_run_config
 from unimo2_paddle.data.demo_tasks.glue import write
 from unimo2_paddle.data.formats.glue import GLUE, check_submission
@@ -143,12 +144,19 @@ def test_train_then_judge_the_test_split_once(config, unimo2, dataset, tmp_path)
     outcome = unimo2("eval", "-c", path, "-o", f"model.init={best}", "-o", "eval.split=test", "-o", f"run.output={tmp_path / 'test'}")
     assert outcome.status == 0, outcome.err
     assert "baseline: " in outcome.out and ("shared words pearson" if dataset == "stsb" else "majority accuracy") in outcome.out
+    predictor = Predictor(best)
     for part, (name, _) in GLUE[dataset].submissions.items():
         count = check_submission(str(tmp_path / "test" / "predictions" / "submission" / name), dataset, part, size=0)
         label = "_".join(filter(None, ("test", part)))
         rows = [json.loads(line) for line in (tmp_path / "test" / "predictions" / f"{label}.jsonl").read_text().splitlines()]
         assert len(rows) == count and {"text_a", "prediction", "label", "correct"} <= set(rows[0])
         assert (tmp_path / "test" / "predictions" / f"{label}.html").is_file()
+        again = predictor.predict_batch([{key: row[key] for key in ("text_a", "text_b") if key in row} for row in rows[:5]])
+        for row, result in zip(rows, again):
+            if dataset == "stsb":
+                assert result.score == pytest.approx(row["prediction"], abs=1e-3)
+            else:
+                assert result.probabilities == pytest.approx(row["probabilities"], abs=2e-4)
 
 
 def test_test_sentences_without_answers_are_predicted_only(config, unimo2, tmp_path):
