@@ -223,6 +223,32 @@ def test_a_failed_write_leaves_earlier_checkpoints_and_nothing_half_written(save
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 
+class Killed(BaseException):
+    """Stands in for a process that dies."""
+
+
+@pytest.mark.parametrize("moment", range(7))
+def test_whenever_a_run_dies_every_listed_checkpoint_is_whole(saved, tiny_config, monkeypatch, moment):
+    run, path = saved
+    calls, sync = iter(range(100)), store._sync
+
+    def dying(target):
+        if next(calls) == moment:
+            raise Killed
+        sync(target)
+
+    monkeypatch.setattr(store, "_sync", dying)
+    with pytest.raises(Killed):
+        store.save_checkpoint(str(path.parent), 4, run.model, run.optimizer, STATE)
+    monkeypatch.undo()
+    whole = store.complete_checkpoints(str(path.parent))
+    assert [os.path.basename(p) for p in whole] == ["step-000003"] + ["step-000004"] * (moment == 6), "the last sync follows the renaming"
+    for checkpoint in whole:
+        store.verify_checkpoint(checkpoint)
+    store.save_checkpoint(str(path.parent), 4, run.model, run.optimizer, STATE)
+    assert sorted(p.name for p in path.parent.iterdir()) == ["step-000003", "step-000004"]
+
+
 def test_saving_into_a_file_is_refused(saved, tmp_path):
     run, _ = saved
     (tmp_path / "file").write_text("")

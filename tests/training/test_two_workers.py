@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
 
 
-def launch(config, logs, *arguments, workers=2, timeout=120):
+def launch(config, logs, *arguments, workers=2, timeout=300):
     """``python -m paddle.distributed.launch --nproc_per_node 2 tools/train.py ...``; returns (exit status, all output)."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PADDLE_", "FLAGS_"))}
     environment.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
