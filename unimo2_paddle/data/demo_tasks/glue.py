@@ -7,6 +7,7 @@ the server would know is in ``answers/``.
 """
 import itertools
 import os
+from typing import NamedTuple, Optional
 
 import numpy as np
 
@@ -187,24 +188,40 @@ _TOLD = {  # what a premise tells, by genre
 
 
 def _inference(scene, rng, genre):
-    """(premise, hypothesis, label number of GLUE's MNLI)."""
-    label = int(rng.integers(3))
+    """(premise, hypothesis, label number of GLUE's MNLI).
+
+    The kind of statement is drawn before its label, and the labels a kind can have are equally likely: a hypothesis alone tells next to
+    nothing about its label.
+    """
     while True:
-        kind, with_sizes = ("relation" if rng.random() < 0.6 else "place"), rng.random() < 0.6
-        order = _any(rng, _orders(scene))
-        a, b, c = (scene.objects[i] for i in (*order, order[0])[:3])
-        third = len(order) == 3 and kind == "relation"
-        relation = scene.relation(order[0], order[1])
-        words = {"A": _thing(a, rng, with_size=with_sizes), "B": _thing(b, rng, with_size=with_sizes), "AB": _any(rng, RELATIONS[relation]),
-                 "C": f", and there is {_thing(c, rng, with_size=with_sizes)}" if third else "", "at_A": say_place(a.place), "at_B": say_place(b.place)}
-        premise = _any(rng, _TOLD[genre][kind]).format(**words)
-        premise = " ".join(_sentence(part.strip()) + "." for part in premise.split(".") if part.strip())
-        told = [a, b] + [c] * third
-        hypotheses = [made for made in (
-            _size_statement(told, with_sizes, label, rng), _colour_statement(scene, told, label, rng), _existence_statement(scene, told, label, rng),
-            _relation_statement(told, relation, kind, label, rng), _place_statement(told, kind, label, rng)) if made]
-        if hypotheses:
-            return premise, _sentence(_any(rng, hypotheses)), label
+        state, labels = _any(rng, _STATEMENTS)
+        label = _any(rng, labels)
+        for _ in range(20):  # a label may need another premise, or there may be none for it
+            premise, told = _premise(scene, rng, genre)
+            hypothesis = state(scene, told, label, rng)
+            if hypothesis:
+                return premise, _sentence(hypothesis), label
+
+
+class _Told(NamedTuple):
+    """What a premise tells: the things, whether their sizes, and either how the first stands to the second or where things are."""
+
+    things: list
+    sizes: bool
+    relation: Optional[str]
+
+
+def _premise(scene, rng, genre):
+    kind, with_sizes = ("relation" if rng.random() < 0.6 else "place"), rng.random() < 0.6
+    order = _any(rng, _orders(scene))
+    a, b, c = (scene.objects[i] for i in (*order, order[0])[:3])
+    third = len(order) == 3 and kind == "relation"
+    relation = scene.relation(order[0], order[1])
+    words = {"A": _thing(a, rng, with_size=with_sizes), "B": _thing(b, rng, with_size=with_sizes), "AB": _any(rng, RELATIONS[relation]),
+             "C": f", and there is {_thing(c, rng, with_size=with_sizes)}" if third else "", "at_A": say_place(a.place), "at_B": say_place(b.place)}
+    text = _any(rng, _TOLD[genre][kind]).format(**words)
+    text = " ".join(_sentence(part.strip()) + "." for part in text.split(".") if part.strip())
+    return text, _Told([a, b] + [c] * third, with_sizes, relation if kind == "relation" else None)
 
 
 def _orders(scene):
@@ -215,17 +232,17 @@ def _orders(scene):
 CONTRADICTION, NEUTRAL, ENTAILMENT = range(3)
 
 
-def _size_statement(told, with_sizes, label, rng):
-    if with_sizes == (label == NEUTRAL):  # what is told can be right or wrong, what is not told is neither
+def _size_statement(scene, told, label, rng):
+    if told.sizes == (label == NEUTRAL):  # what is told can be right or wrong, what is not told is neither
         return None
-    thing = _any(rng, told)
+    thing = _any(rng, told.things)
     size = thing.size if label == ENTAILMENT else _any(rng, SIZES) if label == NEUTRAL else ("small" if thing.size == "large" else "large")
     return f"{_thing(thing, rng, 'the', False)} is {_any(rng, SIZES[size])}."
 
 
 def _colour_statement(scene, told, label, rng):
-    alone = [thing for thing in told if sum(other.shape == thing.shape for other in scene.objects) == 1]
-    if label == NEUTRAL or not alone:
+    alone = [thing for thing in told.things if sum(other.shape == thing.shape for other in scene.objects) == 1]
+    if not alone:
         return None
     thing = _any(rng, alone)
     colour = thing.colour if label == ENTAILMENT else _any(rng, [c for c in COLOURS if c != thing.colour])
@@ -233,37 +250,44 @@ def _colour_statement(scene, told, label, rng):
 
 
 def _existence_statement(scene, told, label, rng):
-    if label == CONTRADICTION:  # there may always be a third thing
-        return None
-    colour, shape = _any(rng, told).type if label == ENTAILMENT else _any(rng, [kind for kind in TYPES if kind not in scene.types])
+    colour, shape = _any(rng, told.things).type if label == ENTAILMENT else _any(rng, [kind for kind in TYPES if kind not in scene.types])
     return f"there is a {colour} {_any(rng, SHAPES[shape])}."
 
 
-def _relation_statement(told, relation, kind, label, rng):
-    if kind != "relation" or (label == NEUTRAL and len(told) < 3):
+def _relation_statement(scene, told, label, rng):
+    if not told.relation or (label == NEUTRAL and len(told.things) < 3):
         return None
-    one, two = told[:2]
+    (one, two), relation = told.things[:2], told.relation
     if label == NEUTRAL:
-        one, two, relation = told[2], _any(rng, told[:2]), _any(rng, RELATIONS)
+        one, two, relation = told.things[2], _any(rng, told.things[:2]), _any(rng, RELATIONS)
     elif label == CONTRADICTION:
         relation = INVERSE[relation]
-    if label != NEUTRAL and rng.random() < 0.5:
+    if rng.random() < 0.5:
         one, two, relation = two, one, INVERSE[relation]
     return f"{_thing(one, rng, 'the', False)} is {_any(rng, RELATIONS[relation])} {_thing(two, rng, 'the', False)}."
 
 
-def _place_statement(told, kind, label, rng):
-    if (kind == "place") == (label == NEUTRAL):
+def _place_statement(scene, told, label, rng):
+    if bool(told.relation) != (label == NEUTRAL):
         return None
-    thing = _any(rng, told)
+    thing = _any(rng, told.things)
     place = thing.place
-    if label == NEUTRAL or (label == CONTRADICTION and place == ("", "")):
+    if label == NEUTRAL:
+        place = _any(rng, [("top", "left"), ("top", "right"), ("bottom", "left"), ("bottom", "right"), ("top", ""), ("bottom", ""), ("", "left"),
+                           ("", "right"), ("", "")])
+    elif label == CONTRADICTION and place == ("", ""):
         place = (_any(rng, ("top", "bottom")), _any(rng, ("left", "right")))
     elif label == CONTRADICTION:
         opposite = {"top": "bottom", "bottom": "top", "left": "right", "right": "left", "": ""}
         place = tuple(opposite[word] for word in place)
     return f"{_thing(thing, rng, 'the', False)} is {say_place(place)}."
 
+
+_STATEMENTS = (  # with the labels they can have: colours are always told, and there may always be a third thing
+    (_size_statement, (CONTRADICTION, NEUTRAL, ENTAILMENT)), (_place_statement, (CONTRADICTION, NEUTRAL, ENTAILMENT)),
+    (_relation_statement, (CONTRADICTION, NEUTRAL, ENTAILMENT)), (_colour_statement, (CONTRADICTION, ENTAILMENT)),
+    (_existence_statement, (NEUTRAL, ENTAILMENT)),
+)
 
 _ALIKE = ("{A} is {AB} {B}{C}.", "there is {A} {AB} {B}{C}.", "{AB} {B} there is {A}{C}.", "we see {A} {AB} {B}{C}.")
 
