@@ -209,7 +209,7 @@ def test_a_caption_token_is_predicted_without_seeing_itself_or_what_follows(run)
         original = paddle.nn.functional.cross_entropy
         paddle.nn.functional.cross_entropy = lambda logits, labels, **options: seen.append(original(logits, labels, **options)) or seen[-1]
         try:
-            made.task._caption_loss(made.model, {**batch, "input_ids": ids}, image)
+            made.task._caption_loss(made.model, ids, batch["position_ids"], batch["text_mask"], image)
         finally:
             paddle.nn.functional.cross_entropy = original
         return seen[0].reshape([8, -1]).numpy()

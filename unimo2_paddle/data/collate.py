@@ -12,9 +12,9 @@ def with_special_tokens(ids, tokenizer, max_len):
     return [tokenizer.cls_id] + list(ids[: max_len - 2]) + [tokenizer.sep_id]
 
 
-def pad(sequences, value, dtype=np.int64):
-    """Sequences of different lengths as one array ``[B, L]`` filled up with ``value``."""
-    length = max(len(s) for s in sequences)
+def pad(sequences, value, dtype=np.int64, length=0):
+    """Sequences of different lengths as one array ``[B, L]`` filled up with ``value``; L is the longest, at least ``length``."""
+    length = max(length, max(len(s) for s in sequences))
     batch = np.full((len(sequences), length), value, dtype=dtype)
     for row, sequence in zip(batch, sequences):
         row[: len(sequence)] = sequence

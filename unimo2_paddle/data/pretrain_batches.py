@@ -144,14 +144,17 @@ class PretrainBatchBuilder:
 
     Args:
         data: ``PretrainData``; readers: from :func:`open_sources`; tokenizer: ``Tokenizer``; model_config: ``Unimo2Config``.
-        seed: of everything random; mask_ratio: share of masked words; group: size of the groups hard negatives are drawn in.
+        seed: of everything random; mask_ratio: share of masked words; group: size of the groups hard negatives are drawn in;
+            fused_per_group: how many pairs of a group are masked and matched.
         masked_grounding: the corpora that train on masked grounded tokens; seq2seq: share of the text steps made of fragments.
         bad_records: ``BadRecords``.
     """
 
-    def __init__(self, data, readers, tokenizer, model_config, seed, mask_ratio, group, masked_grounding, seq2seq, bad_records):
+    def __init__(self, data, readers, tokenizer, model_config, seed, mask_ratio, group, masked_grounding, seq2seq, bad_records,
+                 fused_per_group=None):
         self.data, self.readers, self.tokenizer, self.config = data, readers, tokenizer, model_config
         self.seed, self.mask_ratio, self.group, self.seq2seq = seed, mask_ratio, group, seq2seq
+        self.fused_per_group = fused_per_group or group
         self.masked_grounding, self.bad_records = masked_grounding, bad_records
 
     def __call__(self, draw):
@@ -200,33 +203,39 @@ class PretrainBatchBuilder:
         masked, positions = mask_spans(full, starts, special, rng, self.tokenizer.mask_id, self.tokenizer.vocab_size, self.mask_ratio)
         return full, masked, positions, np.asarray(full, dtype=np.int64)[positions]
 
-    def _masked_text_arrays(self, texts):
-        full, masked, positions, labels = zip(*texts)
+    def _masked_text_arrays(self, texts, rows=None):
+        """Padded texts; masked words of the texts numbered ``rows`` (default: all), ``predict_from`` counting in those alone."""
+        full = [text[0] for text in texts]
+        _, masked, positions, labels = zip(*(texts if rows is None else [texts[row] for row in rows]))
         arrays = text_arrays(full, self.tokenizer.pad_id)
-        arrays["masked_ids"] = pad(masked, self.tokenizer.pad_id)
-        arrays["predict_from"] = flat_positions(positions, arrays["input_ids"].shape[1])
+        length = arrays["input_ids"].shape[1]
+        arrays["masked_ids"] = pad(masked, self.tokenizer.pad_id, length=length)
+        arrays["predict_from"] = flat_positions(positions, length)
         arrays["labels"] = np.concatenate(labels)
         return arrays
 
-    def _token_mask(self, draw, rows):
-        """Which grounded tokens are hidden, ``[rows, K]``, when the corpus trains on them."""
+    def _token_mask(self, draw, rows, chosen=slice(None)):
+        """Which grounded tokens of the chosen samples are hidden, ``[rows * B, K]``, when the corpus trains on them."""
         if draw.corpus not in self.masked_grounding:
             return {}
         masks = [generator(self.seed, STEP_DRAW, 1, draw.step, slot).random((rows, self.config.topk_value))
-                 for slot, _, _ in draw.slots]
+                 for slot, _, _ in np.asarray(draw.slots)[chosen]]
         masks = np.stack(masks, axis=1).reshape([-1, self.config.topk_value])
         return {"token_mask": (masks < self.config.grounding_mask_ratio).astype(np.float32)}
 
     def _pair_batch(self, draw):
-        """image [B, S, S, 3]; input_ids, masked_ids, position_ids, text_mask [B, L]; predict_from, labels [M]; noise [B, 2, group]."""
+        """image [B, S, S, 3]; input_ids, position_ids, text_mask [B, L]; fused [F]: the pairs that are masked and matched, with
+        masked_ids [F, L]; predict_from, labels [M]; noise [F, 2, group]."""
         def make(record, rng):
             ids, starts = self._caption(record, rng)
             (image,) = self._picture(record, self.data.pair_augmentation, rng, 1)
             return image, self._masked(ids, starts, rng), rng.gumbel(size=(2, self.group))
 
         images, texts, noise = zip(*self._samples(draw, make))
-        return {"image": np.stack(images), "noise": np.stack(noise).astype(np.float32), **self._masked_text_arrays(texts),
-                **self._token_mask(draw, 1)}
+        # by place in the group, which is the same however many workers share the global batch
+        fused = np.flatnonzero(np.arange(len(images)) % self.group < self.fused_per_group)
+        return {"image": np.stack(images), "noise": np.stack(noise)[fused].astype(np.float32), "fused": fused,
+                **self._masked_text_arrays(texts, fused), **self._token_mask(draw, 1, fused)}
 
     def _image_batch(self, draw):
         """first_view, second_view [B, S, S, 3]: two augmentations of each image."""

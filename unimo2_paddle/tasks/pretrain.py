@@ -86,6 +86,7 @@ class PretrainTrain:
     accumulate: int = 1              # micro-batches per optimizer step; contrastive candidates come from one micro-batch
     mask_ratio: float = 0.15
     matching_group: int = 16         # hard negatives are drawn inside fixed groups of so many consecutive pairs
+    fused_per_group: int = 0         # so many pairs of each group go through the grounded encoder, all serve contrast; 0: all of them
     matching_negatives: int = 2      # per pair: 2 = another text and another image, 1 = alternately one of them
     matching_temperature: float = 1.0  # of the softmax over similarities that draws negatives; large = uniform
     text_for_matching: str = "clean"  # "masked": matching shares the masked-word pass, as the authors' single-text batches do (faster)
@@ -101,6 +102,10 @@ class PretrainTrain:
             problems.append(f"matching_negatives: must be 1 or 2, is {self.matching_negatives}")
         if self.text_for_matching not in ("clean", "masked"):
             problems.append(f"text_for_matching: {self.text_for_matching!r} is not one of clean, masked")
+        if not 0 <= self.fused_per_group <= self.matching_group:
+            problems.append(f"fused_per_group: must be between 0 and matching_group {self.matching_group}, is {self.fused_per_group}")
+        if self.fused_per_group and self.text_for_matching == "masked":
+            problems.append("fused_per_group: needs text_for_matching: clean (negatives come from pairs whose words are not masked)")
         if not 0 < self.mask_ratio < 1:
             problems.append(f"mask_ratio: must be between 0 and 1, is {self.mask_ratio}")
         problems += [f"{key}: must be above 0, is {getattr(self, key)}"
@@ -146,7 +151,7 @@ class PretrainTask(Task):
         for corpus, size in mixture.global_batch.items():
             if size % train.accumulate:
                 problems.append(f"mixture.global_batch.{corpus}: {size} is not a multiple of train.accumulate {train.accumulate}")
-        if mixture.weights.get("pairs", 0) > 0 and train.pairs.matching > 0:
+        if mixture.weights.get("pairs", 0) > 0 and (train.pairs.matching > 0 or train.fused_per_group):
             size = mixture.global_batch.get("pairs", 0) // train.accumulate
             if size % train.matching_group:
                 problems.append(f"mixture.global_batch.pairs: {size} pairs per micro-batch are not a multiple of "
@@ -176,7 +181,7 @@ class PretrainTask(Task):
     def train_batches(self, shard, state=None):
         config, train, mixture = self.config, self.config.train, self.config.mixture
         for corpus, size in mixture.global_batch.items():
-            unit = train.matching_group if corpus == "pairs" and train.pairs.matching > 0 else 1
+            unit = train.matching_group if corpus == "pairs" and (train.pairs.matching > 0 or train.fused_per_group) else 1
             if mixture.weights.get(corpus, 0) > 0 and (size // train.accumulate) % (unit * shard.world_size):
                 raise ConfigError(f"mixture.global_batch.{corpus}: {size // train.accumulate} samples per micro-batch cannot be shared by "
                                   f"{shard.world_size} workers in groups of {unit}; use a multiple of {unit * shard.world_size}")
@@ -187,7 +192,7 @@ class PretrainTask(Task):
         plan = MixturePlan(orders, mixture.weights, mixture.global_batch, config.run.seed, train.accumulate, shard.rank, shard.world_size, state)
         builder = PretrainBatchBuilder(
             config.data, readers, self.tokenizer, self.model_config, seed=config.run.seed, mask_ratio=train.mask_ratio,
-            group=train.matching_group, masked_grounding=[c for c in ("pairs", "images") if getattr(train, c).masked_grounding > 0],
+            group=train.matching_group, fused_per_group=train.fused_per_group or train.matching_group, masked_grounding=[c for c in ("pairs", "images") if getattr(train, c).masked_grounding > 0],
             seq2seq=0.0 if train.texts.seq2seq == 0 else 0.5 if train.texts.masked_lm > 0 else 1.0, bad_records=bad_records)
         return Batches(plan, builder, config.data.num_workers)
 
@@ -250,42 +255,47 @@ class PretrainTask(Task):
                 all_text=gather_rows(text_features), offset=rank() * image.shape[0])
             labels = paddle.arange(rank() * image.shape[0], (rank() + 1) * image.shape[0], dtype="int64")
             terms["contrastive_accuracy"] = (logits.argmax(axis=1) == labels).astype("float32").mean().detach()
+        # from here on only the pairs that go through the grounded encoder; the others still serve as negatives
+        rows = batch["fused"]
+        some_image, some_clean, mask, positions = (
+            part if len(rows) == part.shape[0] else paddle.index_select(part, rows) for part in (image, clean, mask, positions))
         masked = model.encode_text(batch["masked_ids"], positions, mask) if weights.masked_lm or masked_for_matching else None
         if weights.matching or weights.dictionary or weights.masked_grounding or (masked_for_matching and weights.masked_lm):
             token_mask = batch.get("token_mask")
-            matched_text = masked if masked_for_matching else clean
             # only masked words and masked grounded tokens need more than the two first positions
             first_only = not (weights.masked_grounding or (masked_for_matching and weights.masked_lm))
-            pair = model.fuse(image, matched_text, mask, token_mask=token_mask, first_only=first_only)
+            pair = model.fuse(some_image, masked if masked_for_matching else some_clean, mask, token_mask=token_mask, first_only=first_only)
             if weights.matching:
-                terms.update(self._matching_terms(model, batch, image, matched_text, pair, image_features.detach(), text_features.detach()))
+                terms.update(self._matching_terms(model, batch, image, masked if masked_for_matching else clean, pair,
+                                                  image_features.detach(), text_features.detach()))
             if pair.grounding_loss is not None and weights.dictionary:
                 terms["dictionary"] = pair.grounding_loss
             if weights.masked_grounding and token_mask is not None:
                 terms["masked_grounding"] = self._masked_grounding_loss(model, pair, token_mask)
         if weights.masked_lm:
-            out = pair if masked_for_matching else model.fuse(image, masked, mask, with_grounding_loss=False)
+            out = pair if masked_for_matching else model.fuse(some_image, masked, mask, with_grounding_loss=False)
             terms["masked_lm"] = self._word_loss(model, out.fused_text, batch)
         if weights.caption:
-            terms["caption"] = self._caption_loss(model, batch, image)
+            terms["caption"] = self._caption_loss(model, paddle.index_select(batch["input_ids"], rows), positions, mask, some_image)
         return terms
 
     def _matching_terms(self, model, batch, image, text, pair, image_features, text_features):
         """Matching of true pairs and of hard negatives drawn inside groups by similarity (Gumbel noise from the batch)."""
-        train, size, group = self.config.train, image.shape[0], self.config.train.matching_group
+        train, group, here = self.config.train, self.config.train.matching_group, batch["fused"]
+        blocks, size = image.shape[0] // group, len(here)
+        per = size // blocks
         with paddle.no_grad():
-            blocks = size // group
             similarity = paddle.matmul(image_features.reshape([blocks, group, -1]), text_features.reshape([blocks, group, -1]),
                                        transpose_y=True) / model.temperature()              # [blocks, image, text]
-            own = paddle.eye(group) * 1e9
-            start = (paddle.arange(size) // group) * group
+            own = paddle.eye(group)[:per] * 1e9
+            start = (here // group) * group
 
             def draw(scores, noise):
-                return (scores / train.matching_temperature - own + noise.reshape([blocks, group, group])).argmax(axis=-1).reshape([-1]) + start
+                noise = noise.reshape([blocks, per, group])
+                return (scores[:, :per] / train.matching_temperature - own + noise).argmax(axis=-1).reshape([-1]) + start
 
             other_text = draw(similarity, batch["noise"][:, 0])
             other_image = draw(similarity.transpose([0, 2, 1]), batch["noise"][:, 1])
-            here = paddle.arange(size)
             if train.matching_negatives == 2:
                 images, texts = paddle.concat([here, other_image]), paddle.concat([other_text, here])
             else:
@@ -313,12 +323,11 @@ class PretrainTask(Task):
         hidden_tokens = token_mask.reshape([-1])
         return (loss * hidden_tokens).sum() / global_share(float(hidden_tokens.sum()))
 
-    def _caption_loss(self, model, batch, image):
+    def _caption_loss(self, model, ids, positions, mask, image):
         """Left-to-right prediction of the caption in the ``caption`` layout."""
-        mask, ids = batch["text_mask"], batch["input_ids"]
         length = ids.shape[1]
         causal = paddle.tril(paddle.ones([length, length])) * mask.unsqueeze(1) * mask.unsqueeze(2)
-        text = model.encode_text(ids, batch["position_ids"], causal)
+        text = model.encode_text(ids, positions, causal)
         out = model.fuse(image, text, causal, layout="caption")
         logits = model.mlm_logits(out.fused_text[:, :-1].reshape([-1, out.fused_text.shape[-1]]))
         weights = mask[:, 1:].reshape([-1])
