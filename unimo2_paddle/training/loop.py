@@ -255,8 +255,15 @@ def train_from_config(path, overrides=(), resume="none"):
     return best
 
 
-def evaluate_from_config(path, overrides=()):
-    """``unimo2 eval``: run a task's evaluators on its model and write their reports into ``<output>/predictions``."""
+def run_evaluators(path, overrides=()):
+    """Run a task's evaluators on its model and write their reports into ``<output>/predictions``.
+
+    Returns:
+        list of (evaluator, metrics).
+
+    Raises:
+        UserInputError: there is nothing to evaluate, or no checkpoint.
+    """
     config = load_run_config(path, overrides)
     task = task_class(config.task)(config)
     evaluators = task.evaluators()
@@ -266,12 +273,17 @@ def evaluate_from_config(path, overrides=()):
         raise CheckpointError(f"{path}: model.init is empty; give the checkpoint to evaluate, for example -o model.init=output/demo/pretrain/best")
     model = task.build_model()
     model.eval()
-    results = {}
+    judged = []
     for evaluator in evaluators:
-        results[evaluator.name] = evaluator.run(model)
+        judged.append((evaluator, evaluator.run(model)))
         print(evaluator.table())
         directory = os.path.join(config.run.output, "predictions")
         os.makedirs(directory, exist_ok=True)
         evaluator.write_report(directory)
         print(f"report: {directory}")
-    return results
+    return judged
+
+
+def evaluate_from_config(path, overrides=()):
+    """``unimo2 eval``: :func:`run_evaluators`, returning ``{evaluator name: metrics}``."""
+    return {evaluator.name: metrics for evaluator, metrics in run_evaluators(path, overrides)}
