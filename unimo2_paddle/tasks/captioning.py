@@ -10,7 +10,7 @@ import paddle.nn.functional as F
 
 from unimo2_paddle.data.formats.coco_captions import result_rows
 from unimo2_paddle.data.tokenizer import Tokenizer
-from unimo2_paddle.metrics.caption import CiderD, caption_metrics, cider_scores, java_metrics
+from unimo2_paddle.metrics.caption import CiderD, caption_metrics, java_metrics
 from unimo2_paddle.metrics.ptb import caption_tokens
 from unimo2_paddle.models.generation import FIRST_POSITION, Decoding, generate
 from unimo2_paddle.models.losses import smoothed_cross_entropy
@@ -281,10 +281,11 @@ class NeighbourEvaluator(_CaptionReport):
         with evaluation_mode(model):
             candidates, queries = (self._features(model, dataset) for dataset in (pictures, own))
         similarity = queries @ candidates.T
+        cider = CiderD([[caption_tokens(text) for text in self.train.references(i)] for i in range(len(self.train.images))])
         captions, scores = [], []
         for row in similarity:
             nearest = np.argsort(-row, kind="stable")[:self.settings.neighbours]
-            captions.append(consensus([text for i in nearest for text in self.train.references(int(i))]))
+            captions.append(consensus([text for i in nearest for text in self.train.references(int(i))], cider))
             scores.append(float(row[nearest[0]]))
         return self.judge(captions, scores)
 
@@ -296,8 +297,9 @@ class NeighbourEvaluator(_CaptionReport):
         return np.concatenate(parts)
 
 
-def consensus(captions):
-    """The caption that agrees most with the others by CIDEr-D (the first of equals)."""
+def consensus(captions, cider):
+    """The caption that agrees most with the others by CIDEr-D (the first of equals); ``cider`` brings the document frequencies."""
     tokens = [caption_tokens(text) for text in captions]
-    others = [tokens[:i] + tokens[i + 1:] or [own] for i, own in enumerate(tokens)]
-    return captions[int(np.argmax(cider_scores(tokens, others)))]
+    vectors = [cider.vector(own) for own in tokens]
+    agreement = [cider.score(own, vectors[:i] + vectors[i + 1:] or [vectors[i]]) for i, own in enumerate(tokens)]
+    return captions[int(np.argmax(agreement))]
