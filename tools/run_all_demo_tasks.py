@@ -1,0 +1,246 @@
+"""`python tools/run_all_demo_tasks.py`: every task's demo in sequence, judged once on its test split, against baselines and bars.
+
+Needs the demo's data and pre-trained model (bash tools/demo.sh). What is finished is kept in <out>/demo_tasks.json and not run again; an
+interrupted training goes on. Exit status: 0 every bar met, 1 one missed or a demo failed, 2 wrong input.
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+import traceback
+import zlib  # noqa: F401  before paddle: Paddle 2.6.2 exports zlib's symbols, and the first use would then crash
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from unimo2_paddle.config import read_yaml  # noqa: E402
+from unimo2_paddle.errors import CheckpointError, Unimo2Error, UserInputError  # noqa: E402
+
+CONFIG_OUTPUT = "output/demo"  # where the demo configs read and write
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A task's demo and the bar it has to reach on the test split.
+
+    ``metric``: of the evaluator named like the split. ``baseline``: a key of that evaluator's ``baselines`` (``EVALUATOR/metric`` = a
+    metric of another evaluator, ``zero-shot`` = the same metric of the pre-trained model before training), or a number.
+    ``bar``: ("at least", value), ("points above", value), ("times", factor), ("errors gone", share), or ("at least and above", value).
+    """
+
+    name: str
+    config: str
+    metric: str
+    baseline: object
+    bar: tuple
+    train: bool = True
+    overrides: tuple = ()
+
+
+RETRIEVAL_TEST = ("eval.max_images=300", "eval.captions_per_image=1", "eval.rerank_k=all")
+DEMOS = (
+    Demo("retrieval, text to image", "retrieval/demo_finetune.yaml", "ir_r1", "zero-shot", ("errors gone", 1 / 3), overrides=RETRIEVAL_TEST),
+    Demo("retrieval, image to text", "retrieval/demo_finetune.yaml", "tr_r1", "zero-shot", ("errors gone", 1 / 3), overrides=RETRIEVAL_TEST),
+    Demo("VQA", "vqa/demo.yaml", "accuracy", "most frequent answer", ("points above", 15.0)),
+    Demo("captioning", "captioning/demo.yaml", "cider", "nearest_neighbour/cider", ("at least and above", 1.0)),
+    Demo("visual entailment", "entailment/demo.yaml", "accuracy", 100 / 3, ("at least", 70.0)),
+    Demo("sentiment (SST-2's format)", "glue/demo_sst2.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
+    Demo("inference (MNLI's format)", "glue/demo_mnli.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
+    Demo("acceptability (CoLA's format)", "glue/demo_cola.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
+    Demo("similarity (STS-B's format)", "glue/demo_stsb.yaml", "pearson", "shared words pearson", ("at least", 60.0)),
+    Demo("handwritten digits", "imagenet/demo_digits.yaml", "top1", "top1", ("at least", 95.0)),
+    Demo("zero-shot shapes", "imagenet/demo_zeroshot.yaml", "top1", "top1", ("times", 5.0), train=False),
+)
+
+
+def threshold(bar, baseline):
+    """The value that has to be reached (for "at least and above": at least), given the baseline.
+
+    >>> threshold(("errors gone", 0.5), 60.0)
+    80.0
+    """
+    kind, value = bar
+    if kind in ("at least", "at least and above"):
+        return max(value, baseline or 0.0) if kind.endswith("above") else value
+    if baseline is None:
+        raise UserInputError(f"the bar {kind} {value:g} needs a baseline, and the evaluator gives none")
+    return {"points above": baseline + value, "times": baseline * value, "errors gone": baseline + (100.0 - baseline) * value}[kind]
+
+
+def is_met(bar, value, baseline):
+    """Whether ``value`` reaches the bar; "at least and above" must also beat the baseline itself."""
+    return value >= threshold(bar, baseline) and not (bar[0] == "at least and above" and baseline is not None and value <= baseline)
+
+
+def find_baseline(name, evaluator, judged, metrics):
+    """The baseline called ``name`` of an evaluation, ``None`` when nobody tells it; see :class:`Demo`."""
+    if isinstance(name, (int, float)):
+        return float(name)
+    other, slash, metric = name.partition("/")
+    if slash:
+        return next((float(found[metric]) for one, found in judged if one.name == other and metric in found), None)
+    told = getattr(evaluator, "baselines", None) or {}
+    told = told() if callable(told) else told
+    value = told.get(name, getattr(evaluator, "baseline", None))
+    return None if value is None else float(value)
+
+
+def write_config(config, out):
+    """A demo config with its paths below ``out``; returns the path to use (the original when nothing changes)."""
+    source = ROOT / "run_configs" / config
+    if os.path.normpath(out) == CONFIG_OUTPUT:
+        return str(source)
+
+    def moved(value):
+        if isinstance(value, dict):
+            return {key: moved(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [moved(part) for part in value]
+        return out + value[len(CONFIG_OUTPUT):] if isinstance(value, str) and value.startswith(CONFIG_OUTPUT + "/") else value
+
+    import yaml
+
+    target = os.path.join(out, "demo_configs", config.replace("/", "_"))
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    with open(target, "w", encoding="utf-8") as file:
+        yaml.safe_dump(moved(read_yaml(source)), file, sort_keys=False)
+    return target
+
+
+def fingerprint(config_path, model):
+    """What a result depends on: the config's text and the pre-trained weights."""
+    digest = hashlib.sha256(Path(config_path).read_bytes())
+    weights = os.path.join(model, "model.safetensors")
+    if not os.path.isfile(weights):
+        raise CheckpointError(f"{weights} does not exist; make the demo's data and model first: bash tools/demo.sh (or give --out)")
+    digest.update(Path(weights).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Runner:
+    """Runs demos and keeps what came out.
+
+    Args:
+        out: the demo directory; train, judge: ``train_from_config`` and ``run_evaluators`` of the training loop (tests give fakes).
+    """
+
+    def __init__(self, out, train, judge):
+        self.out, self.train, self.judge = out, train, judge
+        self.path = os.path.join(out, "demo_tasks.json")
+        self.kept = {}
+        if os.path.isfile(self.path):
+            try:
+                with open(self.path, encoding="utf-8") as file:
+                    self.kept = json.load(file)["runs"]
+            except (OSError, ValueError, KeyError, TypeError):
+                raise UserInputError(f"{self.path}: is not a result file of this tool; remove it") from None
+
+    def evaluation(self, demo):
+        """The metrics of a demo's config: trained on its own split, judged on test; kept ones are taken as they are."""
+        config = write_config(demo.config, self.out)
+        model = os.path.join(self.out, "pretrain", "best")
+        mark, run = fingerprint(config, model), self.kept.get(demo.config, {})
+        if run and run["fingerprint"] != mark:
+            raise UserInputError(f"{demo.config}: its config or the pre-trained model changed since it was run; move {run['output']} and its entry in "
+                                 f"{self.path} away to run it again")
+        output = read_yaml(config)["run"]["output"]
+        run = self.kept.setdefault(demo.config, {"fingerprint": mark, "output": output})
+        test = ["eval.split=test", *demo.overrides]
+        if demo.baseline == "zero-shot" and "zero_shot" not in run:
+            judged = self.judge(config, [*test, f"model.init={model}", f"run.output={output}_zeroshot"])
+            run["zero_shot"] = dict(judged[0][1])
+            self._save()
+        if "metrics" not in run:
+            started = time.perf_counter()
+            if demo.train:
+                self._save()
+                self.train(config, resume="auto")
+                run["minutes"] = round((time.perf_counter() - started) / 60, 2)
+                test.append(f"model.init={os.path.join(output, 'best')}")
+            judged = self.judge(config, test)
+            run["metrics"] = {evaluator.name: dict(metrics) for evaluator, metrics in judged}
+            run["baselines"] = {other.name: find_baseline(other.baseline, judged[0][0], judged, judged[0][1])
+                                for other in DEMOS if other.config == demo.config and other.baseline != "zero-shot"}
+            run["first"] = judged[0][0].name
+            self._save()
+        return run
+
+    def row(self, demo):
+        """One line of the table: metric, value, baseline, what had to be reached, verdict."""
+        run = self.evaluation(demo)
+        baseline = run["zero_shot"][demo.metric] if demo.baseline == "zero-shot" else run["baselines"].get(demo.name)
+        if demo.metric not in run["metrics"][run["first"]]:
+            raise UserInputError(f"{demo.config}: the evaluation has no metric {demo.metric!r}; it has {', '.join(run['metrics'][run['first']])}")
+        value = run["metrics"][run["first"]][demo.metric]
+        return {"task": demo.name, "metric": demo.metric, "value": value, "baseline": baseline, "needed": threshold(demo.bar, baseline),
+                "bar": f"{demo.bar[0]} {demo.bar[1]:.3g}", "met": is_met(demo.bar, value, baseline), "minutes": run.get("minutes")}
+
+    def _save(self, rows=None):
+        os.makedirs(self.out, exist_ok=True)
+        with open(self.path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump({"runs": self.kept, **({} if rows is None else {"table": rows})}, file, indent=2)
+            file.write("\n")
+        os.replace(self.path + ".tmp", self.path)
+
+    def run(self, demos):
+        """All demos; one that fails is told and does not stop the others. Returns the rows."""
+        rows = []
+        for demo in demos:
+            print(f"\n=== {demo.name}: run_configs/{demo.config}", flush=True)
+            try:
+                rows.append(self.row(demo))
+            except Exception as error:  # whatever went wrong in one demo, the table must still be made
+                if not isinstance(error, Unimo2Error):
+                    traceback.print_exc()
+                print(f"{demo.name}: {error}", file=sys.stderr)
+                rows.append({"task": demo.name, "metric": demo.metric, "failed": str(error), "met": False})
+        self._save(rows)
+        return rows
+
+
+def format_table(rows):
+    """The rows as text."""
+    lines = [f"{'task':<32}{'metric':<12}{'value':>8}{'baseline':>10}{'needed':>9}  {'verdict':<8}{'minutes':>8}"]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"{row['task']:<32}{row['metric']:<12}{'':>27}  failed: {row['failed'].splitlines()[0][:80]}")
+            continue
+        baseline = "" if row["baseline"] is None else f"{row['baseline']:.2f}"
+        minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
+        verdict = "met" if row["met"] else "MISSED"
+        lines.append(f"{row['task']:<32}{row['metric']:<12}{row['value']:>8.2f}{baseline:>10}{row['needed']:>9.2f}  {verdict:<8}{minutes:>8}")
+    return "\n".join(lines)
+
+
+def main(argv=None, train=None, judge=None):
+    """Run the tool; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--out", default=CONFIG_OUTPUT, metavar="DIR", help=f"the demo's directory; default: {CONFIG_OUTPUT}")
+    parser.add_argument("--only", action="append", metavar="TEXT", help="only demos whose name or config contains TEXT (repeatable)")
+    args = parser.parse_args(argv)
+    demos = [d for d in DEMOS if not args.only or any(text.lower() in f"{d.name} {d.config}".lower() for text in args.only)]
+    try:
+        if not demos:
+            raise UserInputError(f"--only {' '.join(args.only)}: no such demo; there are {', '.join(d.name for d in DEMOS)}")
+        if train is None:
+            from unimo2_paddle.runtime import import_paddle, prepare_process
+
+            prepare_process()
+            import_paddle()
+            from unimo2_paddle.training.loop import run_evaluators as judge
+            from unimo2_paddle.training.loop import train_from_config as train
+        fingerprint(write_config(demos[0].config, args.out), os.path.join(args.out, "pretrain", "best"))
+        rows = Runner(args.out, train, judge).run(demos)
+    except UserInputError as error:
+        print(f"run_all_demo_tasks: {error}", file=sys.stderr)
+        return 2
+    print("\n" + format_table(rows) + f"\nall figures: {os.path.join(args.out, 'demo_tasks.json')}")
+    return 0 if all(row["met"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
