@@ -7,8 +7,15 @@ import paddle
 import paddle.nn.functional as F
 from PIL import Image
 
-from unimo2_paddle.data.formats.image_classes import (ClassedImages, held_out, list_classes, names_of_folders, read_class_folders, read_class_names,
-                                                      read_list_file)
+from unimo2_paddle.data.formats.image_classes import (
+    ClassedImages,
+    held_out,
+    list_classes,
+    names_of_folders,
+    read_class_folders,
+    read_class_names,
+    read_list_file,
+)
 from unimo2_paddle.data.images import Augmentation, augment_image, decode_image, resize_image
 from unimo2_paddle.data.mixing import Mixing, mix_batch, smooth_targets
 from unimo2_paddle.data.mixture import generator

@@ -11,9 +11,8 @@ from unimo2_paddle.data.prompts import fill_template, read_templates
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import UserInputError
 from unimo2_paddle.tasks.base import ModelSection, RunSection, Task, build_unimo2, check_vocabulary
-from unimo2_paddle.tasks.imagenet import (ImagenetData, PictureDataset, class_metrics, class_table, explain_classes, read_classes,
-                                          read_split)
 from unimo2_paddle.tasks.imagenet import TABLE_ROWS as SHOWN
+from unimo2_paddle.tasks.imagenet import ImagenetData, PictureDataset, class_metrics, class_table, explain_classes, read_classes, read_split
 from unimo2_paddle.tasks.reporting import right_and_wrong, write_html_report, write_json, write_predictions
 from unimo2_paddle.tasks.retrieval_scoring import encode_captions, encode_pictures, evaluation_mode, matching_logits
 

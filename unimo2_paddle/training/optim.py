@@ -100,7 +100,8 @@ def layer_scales(names, decay):
 def build_optimizer(parameters, config):
     """AdamW over ``parameters``; the learning rate is set before every step with ``optimizer.set_lr``.
 
-    With ``layer_decay`` each parameter carries its share of the rate (Paddle's own ``lr_ratio`` refuses to run on CPU). Paddle's Adam multiplies epsilon by sqrt(1 - beta2^t), as the authors' 2.x runs did. Decay is decoupled: p -= lr * wd * p.
+    With ``layer_decay`` each parameter carries its share of the rate (Paddle's own ``lr_ratio`` refuses to run on CPU).
+    Paddle's Adam multiplies epsilon by sqrt(1 - beta2^t), as the authors' 2.x runs did. Decay is decoupled: p -= lr * wd * p.
 
     Raises:
         ConfigError: unknown decay rule.
