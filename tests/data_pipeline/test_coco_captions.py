@@ -107,3 +107,28 @@ def test_results_that_the_server_would_refuse_are_listed(tmp_path):
     assert "list" in result_problems(path, [])[0]
     with pytest.raises(DataError, match="not a number"):
         result_rows(["test1"], ["a"])
+
+
+@pytest.fixture(scope="module")
+def prepare():
+    import importlib.util
+    from pathlib import Path
+
+    spec = importlib.util.spec_from_file_location("prepare", Path(__file__).resolve().parents[2] / "tools/prepare_coco_captions.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_references_are_prepared_from_karpathys_file_and_results_checked_against_them(prepare, written, tmp_path, capsys):
+    assert prepare.main(["--karpathy", str(written / "dataset_shapes.json"), "--out", str(tmp_path)]) == 0
+    references = tmp_path / "captions_test.json"
+    assert read_coco_captions(str(references), "") == read_coco_captions(str(written / "captions_test.json"), "")
+    ids = [image.image_id for image in read_coco_captions(str(references), "")]
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(result_rows(ids, ["a dog"] * len(ids))))
+    assert prepare.main(["--check", str(results), "--references", str(references)]) == 0
+    results.write_text(json.dumps(result_rows(ids[1:], ["a dog"] * len(ids[1:]))))
+    assert prepare.main(["--check", str(results), "--references", str(references)]) == 1
+    assert "1 pictures have no caption" in capsys.readouterr().out
+    assert prepare.main(["--karpathy", str(references), "--out", str(tmp_path)]) == 2

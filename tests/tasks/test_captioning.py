@@ -120,7 +120,7 @@ def test_training_lowers_the_loss_and_label_smoothing_enters_it(run_config):
         optimizer.step()
         optimizer.clear_grad()
         losses.append(float(loss))
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]
     task.config.train.label_smoothing = 0.3
     assert float(task.loss(model, batch)["loss"]) > float(losses[-1])
 
