@@ -101,7 +101,7 @@ def read_class_names(path, classes):
     """Names to call the classes by, in label order; of several ("tench, Tinca tinca") the first.
 
     Three forms are understood: ``FOLDER name`` (LOC_synset_mapping.txt), ``LABEL name`` (PaddleClas' label lists), and one name per
-    line in label order.
+    line in label order, where a WordNet id before the name is left out.
 
     Args:
         path: the file; classes: class folder names, or numbers as text, in label order.
@@ -122,7 +122,8 @@ def read_class_names(path, classes):
             names = [name_of[key] for key in keys]
             break
     else:
-        names = [f"{first} {rest}" for _, first, rest in rows]
+        wordnet = named and all(re.fullmatch(r"n\d{8}", first) for first in firsts)  # of pictures in list files, whose classes are numbers
+        names = [rest if wordnet else f"{first} {rest}" for _, first, rest in rows]
         if len(names) != len(classes):
             raise DataError(f"{path}: has {len(names)} names for {len(classes)} classes; give one line per class, in label order or "
                             f"starting with the class folder ('{classes[0]} its name')")
