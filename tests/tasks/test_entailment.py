@@ -44,8 +44,11 @@ def config(hypotheses, demo_data, tmp_path):
             "eval": {"split": "val"}, "run": {"output": str(tmp_path / "run"), "progress": False},
         }
         for path, value in changes.items():
-            group, _, key = path.partition("__")
-            values[group][key] = value
+            group, separator, key = path.partition("__")
+            if separator:
+                values[group][key] = value
+            else:
+                values[group] = value
         path = tmp_path / "entailment.yaml"
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return str(path)
@@ -152,3 +155,22 @@ def test_wrong_configurations_are_refused(config, tmp_path):
     task = EntailmentTask(load_run_config(config(model__init=str(tmp_path / "none"))))
     with pytest.raises(CheckpointError, match="does not exist"):
         task.build_model()
+
+
+def test_in_the_caption_layout_the_sentence_sees_the_patches(config):
+    """Without the dictionary's choice of the sentence, only sight of the patches makes the fused text depend on them."""
+    import paddle
+
+    task = EntailmentTask(load_run_config(config(head={"layout": "caption"})))
+    data = task.split("train")
+    model = task.build_model()
+    model.eval()
+    batch = to_tensors(task.collate([data.sample(i, None) for i in range(2)]))
+    image, text = model.backbone.encode_image(batch["image"].astype("float32") / 255), [batch[k] for k in ("input_ids", "position_ids", "text_mask")]
+    text_states = model.backbone.encode_text(*text)
+    image.stop_gradient = False
+    out = model.backbone.fuse(image, text_states, batch["text_mask"], model.layout, first_only=True, with_grounding_loss=False)
+    gradient = paddle.grad(model.backbone.pool_text(out).sum(), image)[0]
+    assert float(paddle.abs(gradient[:, 1:]).sum()) > 0
+    with pytest.raises(ConfigError, match="layout: 'side' is not one of pair, caption"):
+        load_run_config(config(head={"layout": "side"}))

@@ -16,13 +16,14 @@ class Unimo2Classifier(nn.Layer):
             the other encoder does not exist then).
         num_labels: outputs; dropout: of the head (the authors' 0.1).
         prefix: "cls_out", or "cls_out_new" for a task that starts from the authors' MNLI model.
+        layout: how a pair meets: "pair" (through grounded tokens only) or "caption" (text also sees the image).
     """
 
-    def __init__(self, config, inputs, num_labels, dropout=0.1, prefix="cls_out"):
+    def __init__(self, config, inputs, num_labels, dropout=0.1, prefix="cls_out", layout="pair"):
         super().__init__()
         if inputs not in INPUTS:
             raise UserInputError(f"inputs {inputs!r} is not one of {', '.join(INPUTS)}")
-        self.config, self.inputs, self.num_labels = config, inputs, num_labels
+        self.config, self.inputs, self.num_labels, self.layout = config, inputs, num_labels, layout
         self.backbone = Unimo2Model(config, vision=inputs != "text", text=inputs != "image", heads=("pooling",))
         self.head = ClassificationHead(config.hidden_size, num_labels, dropout, config.initializer_range, prefix)
 
@@ -35,7 +36,7 @@ class Unimo2Classifier(nn.Layer):
         model = self.backbone
         image_states = model.encode_image(image) if self.inputs != "text" else None
         text_states = model.encode_text(input_ids, position_ids, text_mask) if self.inputs != "image" else None
-        out = model.fuse(image_states, text_states, text_mask, first_only=True, with_grounding_loss=False)
+        out = model.fuse(image_states, text_states, text_mask, self.layout, first_only=True, with_grounding_loss=False)
         if self.inputs == "pair":
             return model.fused_features(out)
         return model.pool_text(out) if self.inputs == "text" else model.pool_image(out)

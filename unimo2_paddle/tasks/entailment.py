@@ -46,7 +46,8 @@ class EntailmentTask(PairTask):
         return len(LABELS)
 
     def description(self):
-        return {"labels": list(LABELS), "max_text_len": self.config.data.max_text_len}
+        return {"labels": list(LABELS), "max_text_len": self.config.data.max_text_len,
+                "layout": self.config.head.layout}
 
     def records(self, split):
         """Hypotheses of a split."""

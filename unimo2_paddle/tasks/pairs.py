@@ -9,7 +9,7 @@ from unimo2_paddle.data.collate import text_arrays, with_special_tokens
 from unimo2_paddle.data.images import Augmentation, augment_image, decode_image, resize_image
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.tasks.base import check_vocabulary
-from unimo2_paddle.tasks.classification import ClassificationTask
+from unimo2_paddle.tasks.classification import ClassificationTask, build_classifier
 
 PICTURE_CACHE = 1 << 30  # bytes of resized pictures kept in memory; those used least recently go first
 
@@ -37,6 +37,22 @@ class PairData:
         if self.num_workers < 0:
             found.append(f"num_workers: must be at least 0, is {self.num_workers}")
         return found + [f"augmentation.{text}" for text in self.augmentation.problems()]
+
+
+@dataclass
+class PairHead:
+    """Group ``head``: how picture and sentence meet under the classifier.
+
+    ``layout``: "pair" (through grounded tokens only, as in pre-training and retrieval) or "caption" (the sentence also sees the patches,
+    as in captioning; the grounded tokens are those of the picture alone). ``dropout``: before the last layer.
+    """
+
+    layout: str = "pair"
+    dropout: float = 0.1
+
+    def problems(self):
+        found = [] if self.layout in ("pair", "caption") else [f"layout: {self.layout!r} is not one of pair, caption"]
+        return found + ([] if 0 <= self.dropout < 1 else [f"dropout: must be in [0, 1), is {self.dropout}"])
 
 
 class Pictures:
@@ -91,6 +107,7 @@ class PairDataset:
 class PairTask(ClassificationTask):
     """A classifier on pairs. Subclasses implement ``records(split)``, ``target(record)``, ``target_array(targets)`` and the metrics."""
 
+    sections = {**ClassificationTask.sections, "head": PairHead}
     inputs = "pair"
 
     def __init__(self, config):
@@ -102,6 +119,11 @@ class PairTask(ClassificationTask):
     @classmethod
     def check(cls, config):
         return super().check(config) + text_length_problems(config)
+
+    def build_model(self):
+        head = self.config.head
+        return build_classifier(self.config.model, self.config.run.seed, self.model_config, self.inputs, self.num_labels(), head.dropout,
+                                new_head=self.is_training(), layout=head.layout)
 
     def records(self, split):
         """The records of a split, with ``path`` and ``text``."""

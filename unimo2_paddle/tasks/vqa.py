@@ -119,7 +119,8 @@ class VqaTask(PairTask):
         return len(self.answers)
 
     def description(self):
-        return {"answers": self.answers, "frequent_answers": self.frequent(), "max_text_len": self.config.data.max_text_len}
+        return {"answers": self.answers, "frequent_answers": self.frequent(), "max_text_len": self.config.data.max_text_len,
+                "layout": self.config.head.layout}
 
     def records(self, split):
         """Questions of a split: "train" (all of ``data.train_on`` and Visual Genome), "minival", or one of the files."""
