@@ -55,11 +55,15 @@ def test_the_commands_of_a_header_are_real(path):
         build_parser().parse_args(command.split())
 
 
+OPTION = r"-o +(?:\"[^\"]+\"|[\w.]+=(?:\[[^\]]*\]|[^\s,;()]*))"
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=shown)
 def test_options_shown_in_a_header_are_keys(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for option in re.findall(r"-o (\S+=[^\s,;)]+)", header(path)):
-        load_run_config(path, [option])
+    text = re.sub(r"\s*\n# *", " ", header(path))
+    for options in re.findall(rf"{OPTION}(?: +{OPTION})*", text):  # those that stand together belong together
+        load_run_config(path, [part.strip('"') for part in re.split(r" *-o +", options)[1:]])
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=shown)
