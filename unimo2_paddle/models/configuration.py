@@ -3,7 +3,7 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass, fields
-from typing import List, Optional
+from typing import List, Optional, Union
 
 from unimo2_paddle.errors import ConfigError
 
@@ -94,8 +94,8 @@ class Unimo2Config:
     cmcl_score_weight: float = 0.3
     weight_sharing: bool = True
     model_type: str = "grounded"
-    text_enc_layers: Optional[List[int]] = None
-    grounding_enc_layers: Optional[List[int]] = None
+    text_enc_layers: Optional[Union[str, List[int]]] = None
+    grounding_enc_layers: Optional[Union[str, List[int]]] = None
     grounding_counts_padding: bool = False
     position_grid: int = 14
 

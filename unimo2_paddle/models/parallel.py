@@ -20,7 +20,7 @@ class _Gather(PyLayer):
     @staticmethod
     def forward(ctx, tensor):
         parts = []
-        dist.all_gather(parts, tensor)
+        dist.all_gather(parts, tensor.contiguous())
         ctx.rows = tensor.shape[0]
         return paddle.concat(parts, axis=0)
 

@@ -301,8 +301,11 @@ class PretrainTask(Task):
             else:
                 even = (here % 2 == 0)
                 images, texts = paddle.where(even, here, other_image), paddle.where(even, other_text, here)
-        negative = model.fuse(paddle.index_select(image, images), paddle.index_select(text, texts),
-                              paddle.index_select(batch["text_mask"], texts), first_only=True, with_grounding_loss=False)
+        token_mask = batch.get("token_mask")
+        if token_mask is not None:  # hidden grounded tokens must not tell true pairs from false ones
+            token_mask = token_mask.tile([len(images) // size, 1])
+        negative = model.fuse(paddle.index_select(image, images), paddle.index_select(text, texts), paddle.index_select(batch["text_mask"], texts),
+                              token_mask=token_mask, first_only=True, with_grounding_loss=False)
         logits = paddle.concat([model.matching_logits(pair), model.matching_logits(negative)])
         labels = paddle.concat([paddle.ones([size], dtype="int64"), paddle.zeros([logits.shape[0] - size], dtype="int64")])
         loss = F.cross_entropy(logits, labels, reduction="none").reshape([-1])

@@ -221,6 +221,8 @@ class Trainer:
     def _save_best(self, model):
         """Replace ``best/``: the new model is complete before the old one goes."""
         best, fresh, old = (os.path.join(self.output, name) for name in ("best", ".best.new", ".best.old"))
+        if os.path.isdir(old) and not os.path.isdir(best):
+            os.rename(old, best)  # an earlier run ended between the two renames below
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         save_pretrained(model, fresh)
