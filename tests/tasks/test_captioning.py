@@ -161,6 +161,9 @@ def test_self_critical_training_runs_and_its_gradient_follows_the_advantage(run_
     batch = to_tensors(task.collate([data.sample(i, None) for i in range(2)]))
     terms = task.loss(model, batch)
     assert set(terms) == {"loss", "reward", "greedy_reward"} and np.isfinite(float(terms["loss"]))
+    task.config.train.scst_baseline = "others"
+    assert set(task.loss(model, batch)) == {"loss", "reward"}
+    task.config.train.scst_baseline = "greedy"
     # captions with the end token early get all the reward: their probability must rise
     words = {"good": [task.tokenizer.cls_id, 10, task.tokenizer.sep_id], "bad": [task.tokenizer.cls_id, 11, 12, 13]}
 

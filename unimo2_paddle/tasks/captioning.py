@@ -27,12 +27,16 @@ _END = "[end]"  # counts as a word in rewards: else nothing rewards a caption fo
 @dataclass
 class CaptioningTrain(FinetuneTrain):
     """Group ``train``. ``scst``: optimise CIDEr-D instead (second stage, from a trained captioner): the reward of ``scst_samples`` drawn
-    captions per picture above that of the greedy one; a sample is then a picture, not a caption."""
+    captions per picture above a baseline; a sample is then a picture, not a caption. ``scst_baseline``: ``greedy`` is the reward of the
+    greedy caption (the original method), ``others`` the mean of the picture's other drawn captions, which needs no greedy search and
+    has less variance where drawn captions are much worse than the greedy one.
+    """
 
     label_smoothing: float = 0.1
     scst: bool = False
     scst_samples: int = 5
     scst_temperature: float = 1.0
+    scst_baseline: str = "greedy"
 
     def problems(self):
         found = super().problems()
@@ -40,6 +44,10 @@ class CaptioningTrain(FinetuneTrain):
             found.append(f"label_smoothing: must be in [0, 1), is {self.label_smoothing}")
         if self.scst_samples < 1:
             found.append(f"scst_samples: must be at least 1, is {self.scst_samples}")
+        if self.scst_baseline not in ("greedy", "others"):
+            found.append(f"scst_baseline: {self.scst_baseline!r} is not one of greedy, others")
+        if self.scst and self.scst_baseline == "others" and self.scst_samples < 2:
+            found.append("scst_samples: the baseline others needs at least 2")
         if self.scst_temperature <= 0:
             found.append(f"scst_temperature: must be above 0, is {self.scst_temperature}")
         return found
@@ -131,17 +139,22 @@ class CaptioningTask(FinetuneTask):
         return model.mlm_logits(paddle.index_select(out.fused_text.reshape([-1, out.fused_text.shape[-1]]), text["predict_from"]))
 
     def _self_critical(self, model, batch):
-        """-(reward of a drawn caption - reward of the greedy one) x log-probability of its tokens, per token."""
+        """-(reward of a drawn caption - baseline) x log-probability of its tokens, per token."""
         train, tokenizer = self.config.train, self.tokenizer
         decoding = dataclasses.replace(self.config.eval.decoding, min_length=0, block_trigrams=False, temperature=train.scst_temperature)
         image, tags, samples = normalise_tensor(batch["image"]), tags_of(batch), train.scst_samples
+        methods = ("sample", "greedy") if train.scst_baseline == "greedy" else ("sample",)
         with evaluation_mode(model):
-            greedy, drawn = (generate(model, image, tokenizer.cls_id, tokenizer.sep_id,
-                                      dataclasses.replace(decoding, method=method, samples=samples), tags) for method in ("greedy", "sample"))
-        pictures = batch["picture"].numpy().tolist()
-        baseline = np.array([self._reward(picture, own[0]) for picture, own in zip(pictures, greedy)])
+            drawn, *greedy = (generate(model, image, tokenizer.cls_id, tokenizer.sep_id,
+                                       dataclasses.replace(decoding, method=method, samples=samples), tags) for method in methods)
+        pictures, terms = batch["picture"].numpy().tolist(), {}
         rewards = np.array([[self._reward(picture, h) for h in own] for picture, own in zip(pictures, drawn)])
-        advantage = (rewards - baseline[:, None]).reshape(-1)
+        if greedy:
+            baseline = np.array([[self._reward(picture, own[0])] for picture, own in zip(pictures, greedy[0])])
+            terms["greedy_reward"] = paddle.to_tensor(float(baseline.mean()))
+        else:
+            baseline = (rewards.sum(axis=1, keepdims=True) - rewards) / (samples - 1)
+        advantage = (rewards - baseline).reshape(-1)
         captions = [h.ids for own in drawn for h in own]
         tag_lists = None
         if tags is not None:
@@ -152,7 +165,7 @@ class CaptioningTask(FinetuneTask):
         losses = F.cross_entropy(self._logits(model, states, text), text["labels"], reduction="none").reshape([-1])
         weights = np.repeat(advantage, [len(ids) - 1 for ids in captions]).astype("float32")
         return {"loss": (losses * paddle.to_tensor(weights)).sum() / global_share(len(weights)),
-                "reward": paddle.to_tensor(float(rewards.mean())), "greedy_reward": paddle.to_tensor(float(baseline.mean()))}
+                "reward": paddle.to_tensor(float(rewards.mean())), **terms}
 
     def _reward(self, picture, hypothesis):
         """CIDEr-D of a caption against the training references of its picture."""
