@@ -15,8 +15,7 @@ from unimo2_paddle.models.losses import retrieval_circle_loss
 from unimo2_paddle.tasks import retrieval_scoring
 from unimo2_paddle.tasks.base import Shard, normalise_tensor, to_tensors
 from unimo2_paddle.tasks.retrieval import RetrievalDataset, RetrievalEvaluator, RetrievalTask, shortlist_metrics
-from unimo2_paddle.tasks.retrieval_training import (CirclePairs, InBatchPairs, RetrievalTrain, circle_terms, collate_pairs,
-                                                    in_batch_terms)
+from unimo2_paddle.tasks.retrieval_training import CirclePairs, InBatchPairs, RetrievalTrain, circle_terms, collate_pairs, in_batch_terms
 from unimo2_paddle.training.loop import schedule_of
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

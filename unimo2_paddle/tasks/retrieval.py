@@ -17,8 +17,7 @@ from unimo2_paddle.tasks.base import build_unimo2, check_vocabulary
 from unimo2_paddle.tasks.finetune import FinetuneTask
 from unimo2_paddle.tasks.retrieval_report import write_retrieval_report
 from unimo2_paddle.tasks.retrieval_scoring import encode_images, encode_texts, evaluation_mode, score_matrix, shortlist_scores
-from unimo2_paddle.tasks.retrieval_training import (CirclePairs, InBatchPairs, RetrievalTrain, circle_terms, collate_pairs,
-                                                    in_batch_terms)
+from unimo2_paddle.tasks.retrieval_training import CirclePairs, InBatchPairs, RetrievalTrain, circle_terms, collate_pairs, in_batch_terms
 
 PIXEL_CACHE = 1 << 30  # bytes of decoded pictures kept between evaluations
 
