@@ -21,7 +21,7 @@ class RunLog:
         self.enabled, self.directory = enabled, directory
         self.total_steps, self.steps_per_epoch = total_steps, max(1, steps_per_epoch)
         self._sums, self._counts = defaultdict(float), defaultdict(int)
-        self._costs, self._samples, self._steps = [0.0, 0.0], 0, 0
+        self._costs, self._samples, self._steps, self._latest = [0.0, 0.0], 0, 0, {}
         self.bar = self.board = self._metrics = self._file = None
         if not enabled:
             return
@@ -59,7 +59,9 @@ class RunLog:
         self._steps += 1
         if self.bar is not None:
             self.bar.update()
-            self.bar.set_postfix(loss=f"{terms['loss']:.3f}", refresh=False)
+            self._latest.update(terms)  # a step trains one corpus: the others keep showing their last values
+            order = sorted(self._latest, key=lambda name: (name != "loss", name))
+            self.bar.set_postfix_str(" ".join(f"{name} {self._latest[name]:.3f}" for name in order if "accuracy" not in name), refresh=False)
 
     def flush(self, step, lr):
         """Write the averages since the last flush as one line, one JSON record and board scalars."""
