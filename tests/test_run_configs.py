@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import paddle
 import pytest
 import yaml
 
@@ -82,6 +83,8 @@ def test_a_pretraining_config_runs_two_steps_in_small(path, demo_data, tiny_pret
         values["eval"].update(annotations=str(demo_data / "retrieval" / "dataset_shapes.json"), images=str(demo_data / "retrieval" / "images"),
                               max_images=4)
     values["run"].update(output=str(tmp_path / "run"), progress=False, log_every=1)
+    if paddle.__version__.startswith("2."):
+        values["run"]["recompute"] = False  # Paddle 2.6.2 cannot recompute on CPU
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     outcome = unimo2("train", "-c", tmp_path / "small.yaml")
     assert outcome.status == 0, outcome.err

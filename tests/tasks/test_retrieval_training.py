@@ -45,7 +45,8 @@ def random_model(config, **overrides):
 
 def gradients(model, loss):
     """Gradients by parameter name; those of an earlier loss are dropped."""
-    model.clear_gradients(set_to_zero=False)
+    for parameter in model.parameters():
+        parameter.clear_gradient(False)
     loss.backward()
     return {p.name: p.grad.numpy().copy() for p in model.parameters() if p.grad is not None}
 

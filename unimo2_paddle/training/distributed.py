@@ -4,6 +4,7 @@ import os
 import paddle
 import paddle.distributed as dist
 
+from unimo2_paddle.errors import UserInputError
 from unimo2_paddle.tasks.base import Shard
 
 
@@ -55,3 +56,9 @@ def from_first(value, shard):
     tensor = paddle.to_tensor([value], dtype="int64")
     dist.broadcast(tensor, src=0)
     return int(tensor)
+
+
+def check_recompute():
+    """Raise ``UserInputError`` where Paddle cannot recompute: 2.6.2 cannot keep the random state of a CPU."""
+    if paddle.__version__.startswith("2.") and not paddle.is_compiled_with_cuda():
+        raise UserInputError(f"run.recompute: Paddle {paddle.__version__} cannot recompute activations on CPU; set run.recompute=false or use Paddle 3")

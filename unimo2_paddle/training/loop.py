@@ -86,6 +86,7 @@ class Trainer:
         task, optim, run = self.task, self.config.optim, self.run_config
         model = task.build_model()
         if run.recompute:
+            distributed.check_recompute()
             model.set_recompute()
         layer = distributed.wrap(_LossLayer(task, model), self.shard)
         optimizer = build_optimizer(model.parameters(), optim)
