@@ -80,25 +80,52 @@ def build_unimo2(section, seed, config, vision=True, heads=None):
     """A ``Unimo2Model`` with initial weights drawn from ``seed``, then those of ``section.init`` when it is given.
 
     Raises:
-        CheckpointError: ``init`` is missing, damaged, or lacks parameters that ``section.allow_missing`` does not excuse.
+        CheckpointError: see :func:`load_initial`.
     """
-    from unimo2_paddle.checkpoints.convert import read_checkpoint
-    from unimo2_paddle.checkpoints.released import assign_parameters, match_parameters
-
-    arrays = None
-    if section.init:
-        if not os.path.exists(section.init):
-            raise CheckpointError(f"model.init: {section.init} does not exist; give a checkpoint directory, or leave it empty to start "
-                                  "from scratch")
-        arrays = read_checkpoint(section.init).arrays
+    arrays = read_initial(section)
     paddle.seed(seed)
     with paddle.utils.unique_name.guard():
         model = Unimo2Model(config, vision=vision, heads=heads)
-    if arrays is not None:
-        shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        report = match_parameters(model, shapes, section.init, section.allow_missing)
-        assign_parameters(model, {name: arrays[name] for name in report.loaded})
+    load_initial(model, section, arrays=arrays)
     return model
+
+
+def read_initial(section):
+    """The arrays of ``section.init``, ``None`` when it is empty; worth doing before a large model is built.
+
+    Raises:
+        CheckpointError: ``init`` does not exist or is damaged.
+    """
+    from unimo2_paddle.checkpoints.convert import read_checkpoint
+
+    if not section.init:
+        return None
+    if not os.path.exists(section.init):
+        raise CheckpointError(f"model.init: {section.init} does not exist; give a checkpoint directory, or leave it empty to start from scratch")
+    return read_checkpoint(section.init).arrays
+
+
+def load_initial(model, section, head_patterns=(), arrays=None):
+    """Load ``section.init`` (or its ``arrays``, read already) into a model.
+
+    Args:
+        head_patterns: names of a new head's parameters, which may be missing or mis-shaped, besides ``section.allow_missing``.
+
+    Returns:
+        the ``LoadReport``, or ``None`` when ``init`` is empty (training from scratch).
+
+    Raises:
+        CheckpointError: ``init`` does not exist, is damaged, or lacks other parameters.
+    """
+    from unimo2_paddle.checkpoints.released import assign_parameters, match_parameters
+
+    arrays = read_initial(section) if arrays is None else arrays
+    if arrays is None:
+        return None
+    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
+    report = match_parameters(model, shapes, section.init, tuple(head_patterns) + tuple(section.allow_missing))
+    assign_parameters(model, {name: arrays[name] for name in report.loaded})
+    return report
 
 
 def check_vocabulary(tokenizer, config, directory):

@@ -5,8 +5,8 @@ import numpy as np
 import paddle
 
 from unimo2_paddle.models.classifier import Unimo2Classifier
-from unimo2_paddle.tasks.base import normalise_tensor, to_tensors
-from unimo2_paddle.tasks.finetune import FinetuneTask, batches_of, load_initial
+from unimo2_paddle.tasks.base import load_initial, normalise_tensor, to_tensors
+from unimo2_paddle.tasks.finetune import FinetuneTask, batches_of
 from unimo2_paddle.tasks.reporting import right_and_wrong, write_html_report, write_json, write_predictions
 from unimo2_paddle.tasks.retrieval_scoring import evaluation_mode
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unimo2_paddle.checkpoints.convert import read_checkpoint
-from unimo2_paddle.checkpoints.released import assign_parameters, match_parameters
 from unimo2_paddle.data.mixture import Batches, MixturePlan, generator
 from unimo2_paddle.data.shards import EpochOrder
 from unimo2_paddle.errors import CheckpointError, DataError
@@ -141,26 +139,6 @@ def copy_vocabulary(source, target):
     for name in FILE_NAMES:
         found = [n for n in sorted(os.listdir(source)) if n == name or n.endswith("." + name)]
         shutil.copyfile(os.path.join(source, found[0]), os.path.join(target, name))
-
-
-def load_initial(model, section, head_patterns=("cls_out*",)):
-    """Load ``section.init`` into a model with a new head; parameters matching ``head_patterns`` may be missing or mis-shaped.
-
-    Returns:
-        the ``LoadReport``, or ``None`` when ``init`` is empty (training from scratch).
-
-    Raises:
-        CheckpointError: the directory does not exist or lacks other parameters.
-    """
-    if not section.init:
-        return None
-    if not os.path.exists(section.init):
-        raise CheckpointError(f"model.init: {section.init} does not exist; give a checkpoint directory, or leave it empty to start from scratch")
-    arrays = read_checkpoint(section.init).arrays
-    shapes = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-    report = match_parameters(model, shapes, section.init, tuple(head_patterns) + tuple(section.allow_missing))
-    assign_parameters(model, {name: arrays[name] for name in report.loaded})
-    return report
 
 
 def read_task_file(directory):
