@@ -331,3 +331,42 @@ def test_the_tool_is_the_command(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "tools" / "predict.py"), run_name="__main__")
     assert ended.value.code == 0 and "--question" in capsys.readouterr().out
+
+
+CLASSES = ["red circle", "blue ring", "green box"]
+
+
+def test_zero_shot_classes_are_those_whose_sentences_have_the_nearest_features(world, predictor):
+    model, templates = world.models["pretrained"], ["a picture of a {}.", "one {}."]
+    image = paddle.to_tensor(np.stack([load_image(path, world.config.image_size) for path in world.pictures[:3]]))
+    alike = np.zeros([3, len(CLASSES)])
+    for template in templates:
+        for place, name in enumerate(CLASSES):
+            out = model(image=image, **{key: value.expand([3, -1]) for key, value in
+                                        tensors(world, encode_text(world.tokenizer, template.format(name), None, 64)).items()})
+            alike[:, place] += model.contrastive_score(out).numpy() / len(templates)
+    results = predictor("pretrained").classify(world.pictures[:3], CLASSES, templates, batch_size=2)
+    for row, result in zip(alike / float(model.contrastive_temperature), results):
+        wanted = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        assert result.label == CLASSES[int(row.argmax())]
+        assert [result.probabilities[name] for name in CLASSES] == pytest.approx(list(wanted), abs=1e-4)
+
+
+def test_zero_shot_classes_are_given_as_a_list_or_a_file(world, unimo2, tmp_path):
+    model, picture = world.root / "pretrained", world.pictures[0]
+    (tmp_path / "names.txt").write_text("\n".join(CLASSES) + "\n")
+    given = [lines(unimo2("predict", "--model", model, "--image", picture, "--templates", "shapes", "--classes", classes))
+             for classes in (", ".join(CLASSES), tmp_path / "names.txt")]
+    assert given[0] == given[1] and given[0][0]["label"] in CLASSES
+
+
+@pytest.mark.parametrize("name, arguments, told", [
+    ("vqa", ["--image", "PICTURE", "--classes", "a,b"], "is a model for vqa; zero-shot classes need"),
+    ("pretrained", ["--image", "PICTURE", "--classes", "a"], "at least two different"),
+    ("pretrained", ["--image", "PICTURE", "--classes", "a,a"], "at least two different"),
+    ("pretrained", ["--text", "a", "--classes", "a,b"], "--classes goes with --image alone"),
+    ("pretrained", ["--image", "PICTURE", "--classes", "a,b", "--templates", "nowhere"], "nowhere: no such bundled list"),
+])
+def test_wrong_zero_shot_classes_end_with_status_2(world, unimo2, name, arguments, told):
+    outcome = unimo2("predict", "--model", world.root / name, *(world.pictures[0] if a == "PICTURE" else a for a in arguments))
+    assert outcome.status == 2 and told in outcome.err

@@ -1,5 +1,6 @@
 """``unimo2 predict``: one input from the command line, or many from a JSON-lines file; JSON lines out."""
 import json
+import os
 import sys
 
 from unimo2_paddle.errors import DataError, UserInputError
@@ -14,6 +15,8 @@ def add_arguments(parser):
         text.add_argument(f"--{name}", metavar="TEXT", help=told)
     parser.add_argument("--text-b", metavar="TEXT", help="second sentence of a pair")
     parser.add_argument("--caption", action="store_true", help="say that a caption is wanted: refuses a model that does not caption")
+    parser.add_argument("--classes", metavar="A,B,...", help="zero-shot classes for --image, separated by commas, or a text file with one per line")
+    parser.add_argument("--templates", metavar="LIST", default="photos", help="sentences for --classes: photos, shapes or a text file; default: photos")
     parser.add_argument("--input", metavar="FILE", help="JSON lines with the keys image, text (or question, hypothesis, sentence), text_b; - reads them "
                                                         "from standard input")
     parser.add_argument("--retrieve", metavar="INDEX", help="search an index: pictures by --text, sentences by --image")
@@ -42,6 +45,8 @@ def predict(args):
         _retrieve(predictor, args)
     elif args.input:
         _many(predictor, args)
+    elif args.classes:
+        _tell(predictor.classify([args.image], _class_names(args.classes), args.templates)[0].to_json())
     else:
         given = {"image": args.image, "text": args.text if args.text is not None else args.question, "text_b": args.text_b}
         _tell(predictor(**given).to_json())
@@ -57,8 +62,21 @@ def _check(args):
         raise UserInputError("give one of --input, --retrieve, --build-index")
     if (args.build_index or args.input) and single:
         raise UserInputError(f"--{single[0].replace('_', '-')} does not go with --{'build-index' if args.build_index else 'input'}")
+    if args.classes is not None and single != ["image"]:
+        raise UserInputError("--classes goes with --image alone")
     if not single and not (args.build_index or args.input):
         raise UserInputError("nothing to predict from: give --image, --text or --question, or --input FILE")
+
+
+def _class_names(given):
+    """The names of a comma-separated list, or the lines of a file."""
+    if not os.path.isfile(given):
+        return [name.strip() for name in given.split(",")]
+    try:
+        with open(given, encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--classes {given}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
 
 
 def _tell(values):

@@ -8,6 +8,7 @@ import paddle
 
 from unimo2_paddle.data.collate import FIRST_POSITION, text_arrays, with_special_tokens
 from unimo2_paddle.data.images import decode_image, resize_image
+from unimo2_paddle.data.prompts import read_templates
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import CheckpointError, ImageError, UserInputError
 from unimo2_paddle.models.generation import Decoding, generate
@@ -18,6 +19,7 @@ from unimo2_paddle.tasks.finetune import TASK_FILE, read_task_file, softmax
 from unimo2_paddle.tasks.glue import encode_text
 from unimo2_paddle.tasks.imagenet import centre_crop
 from unimo2_paddle.tasks.retrieval_scoring import contrastive_scores, encode_captions, encode_pictures, matching_logits
+from unimo2_paddle.tasks.zeroshot import encode_classes
 
 FIELDS = ("image", "text", "text_b")
 ALIASES = {"question": "text", "hypothesis": "text", "sentence": "text", "text_a": "text"}
@@ -96,6 +98,34 @@ class Predictor:
                 results += self._run(pending)
                 pending = []
         return results + (self._run(pending) if pending else [])
+
+    def classify(self, images, classes, templates="photos", batch_size=32):
+        """Zero-shot classification: each picture belongs to the class whose sentences' contrastive features fit it best.
+
+        Args:
+            images: pictures as in a call; classes: names; templates: a bundled list (photos, shapes), a file, or a list of sentences
+                with ``{}``; batch_size: pictures per forward.
+
+        Returns:
+            a ``Classified`` per picture; probabilities are the softmax of features' products over the learnt temperature.
+
+        Raises:
+            UserInputError: not a model for pairs, or no two different classes; ImageError: a picture cannot be read.
+        """
+        classes = list(classes)
+        if self.task != "retrieval":
+            raise UserInputError(f"{self.directory} is a model for {self.task}; zero-shot classes need a pre-trained model or one for retrieval")
+        if len(set(classes)) < 2 or len(set(classes)) < len(classes) or not all(isinstance(name, str) and name.strip() for name in classes):
+            raise UserInputError("classes: give at least two different, non-empty names")
+        if isinstance(templates, str):
+            templates = read_templates(templates)
+        pictures = [self.kind.picture(read_picture(image, f"image {number + 1}: ")) for number, image in enumerate(images)]
+        results = []
+        with paddle.no_grad():
+            features, _ = encode_classes(self.kind.model, self.kind.tokenizer, classes, templates, self.kind.max_text_len)
+            for first in range(0, len(pictures), batch_size):
+                results += self.kind.classified(np.stack(pictures[first: first + batch_size]), features, classes)
+        return results
 
     def _run(self, requests):
         with paddle.no_grad():
@@ -311,6 +341,16 @@ class _Retrieval(_Kind):
         batch = self.batch(requests)
         return self.match(encode_pictures(self.model, batch["image"]),
                           encode_captions(self.model, batch["input_ids"], batch["position_ids"], batch["text_mask"]))
+
+    def classified(self, images, features, names):
+        """``Classified`` for uint8 pictures ``[N, S, S, 3]`` and the classes' ``features`` [C, H]."""
+        alike = paddle.matmul(encode_pictures(self.model, paddle.to_tensor(images)).features, features, transpose_y=True)
+        results = []
+        for row in softmax((alike / self.model.contrastive_temperature).numpy().astype("float64")):
+            best = {names[i]: round(float(row[i]), 6) for i in np.argsort(-row, kind="stable")[: self.top]}
+            label = next(iter(best))
+            results.append(Classified(label, best[label], best))
+        return results
 
     def match(self, images, texts):
         """:class:`Matched` of row n of both sides."""

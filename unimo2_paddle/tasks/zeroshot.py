@@ -51,6 +51,31 @@ class ZeroShotEval:
         return found + [f"{key}: must be at least {low}, is {getattr(self, key)}" for key, low in lowest.items() if getattr(self, key) < low]
 
 
+def encode_classes(model, tokenizer, names, templates, max_text_len=64, text_batch=128, keep=0):
+    """What zero-shot classification needs of the classes.
+
+    Args:
+        names: of the classes; templates: sentences with ``{}``; max_text_len: in tokens; text_batch: sentences per forward.
+        keep: of so many first templates the encoded sentences are returned too.
+
+    Returns:
+        mean contrastive features ``[C, H]`` over the templates, and for each kept template its list of ``EncodedTexts``.
+    """
+    total, kept = None, []
+    for number, template in enumerate(templates):
+        ids = tokenizer.encode_batch([fill_template(template, name) for name in names])
+        sentences = [with_special_tokens(sentence, tokenizer, max_text_len) for sentence in ids]
+        blocks = []
+        for first in range(0, len(sentences), text_batch):
+            arrays = text_arrays(sentences[first: first + text_batch], tokenizer.pad_id)
+            blocks.append(encode_captions(model, *(paddle.to_tensor(arrays[key]) for key in ("input_ids", "position_ids", "text_mask"))))
+        features = paddle.concat([block.features for block in blocks])
+        total = features if total is None else total + features
+        if number < keep:
+            kept.append(blocks)
+    return total / len(templates), kept
+
+
 class ZeroShotEvaluator:
     """Scores a split against class sentences.
 
@@ -76,7 +101,8 @@ class ZeroShotEvaluator:
         """
         self._check(model)
         with evaluation_mode(model):
-            features, kept = self._encode_classes(model)
+            features, kept = encode_classes(model, self.tokenizer, self.names, self.templates, self.max_text_len, self.settings.text_batch,
+                                            self.settings.matching_templates if self.settings.matching_top else 0)
             contrastive, scores = [], []
             for block in self._pictures(model):
                 contrastive.append(paddle.matmul(block.features, features, transpose_y=True).numpy())
@@ -96,22 +122,6 @@ class ZeroShotEvaluator:
         if self.max_text_len + 2 > model.config.text_max_position_embeddings:
             raise UserInputError(f"data.max_text_len {self.max_text_len} needs {self.max_text_len + 2} text positions, the model has "
                                  f"{model.config.text_max_position_embeddings}")
-
-    def _encode_classes(self, model):
-        """Mean contrastive features ``[C, H]`` over the templates, and the encoded sentences of the templates that matching uses."""
-        total, kept = None, []
-        for number, template in enumerate(self.templates):
-            ids = self.tokenizer.encode_batch([fill_template(template, name) for name in self.names])
-            sentences = [with_special_tokens(sentence, self.tokenizer, self.max_text_len) for sentence in ids]
-            blocks = []
-            for first in range(0, len(sentences), self.settings.text_batch):
-                arrays = text_arrays(sentences[first: first + self.settings.text_batch], self.tokenizer.pad_id)
-                blocks.append(encode_captions(model, *(paddle.to_tensor(arrays[key]) for key in ("input_ids", "position_ids", "text_mask"))))
-            features = paddle.concat([block.features for block in blocks])
-            total = features if total is None else total + features
-            if self.settings.matching_top and number < self.settings.matching_templates:
-                kept.append(blocks)
-        return total / len(self.templates), kept
 
     def _pictures(self, model):
         from tqdm import tqdm
