@@ -58,6 +58,15 @@ def from_first(value, shard):
     return int(tensor)
 
 
+def any_worker(flag, shard):
+    """Whether ``flag`` is true on at least one worker; every worker gets the same answer (for example "stop after this step")."""
+    if shard.world_size == 1:
+        return bool(flag)
+    tensor = paddle.to_tensor([int(bool(flag))], dtype="int64")
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(int(tensor))
+
+
 def check_recompute():
     """Raise ``UserInputError`` where Paddle cannot recompute: 2.6.2 cannot keep the random state of a CPU."""
     if paddle.__version__.startswith("2.") and not paddle.is_compiled_with_cuda():
