@@ -146,14 +146,15 @@ def test_too_few_pictures_for_the_negatives_are_refused(train_split):
     assert len(CirclePairs(train_split, 7, 7)) == len(train_split.captions)
 
 
-def test_in_batch_terms_match_with_the_most_similar_pair_of_another_picture(tiny_config, train_split):
+@pytest.mark.parametrize("matched", [0, 2], ids=["all matched", "two matched"])
+def test_in_batch_terms_match_with_the_most_similar_pair_of_another_picture(tiny_config, train_split, matched):
     model = random_model(tiny_config)
     data = InBatchPairs(train_split, 5)
     assert len(data) == 8
     samples = [data.sample(index, generator(2, number)) for number, index in enumerate([0, 1, 2, 3, 1])]  # picture 1 twice
     batch = to_tensors(collate_pairs(samples, train_split, model.config.image_size))
     batch["noise"] = batch["noise"] * 0.0
-    terms = in_batch_terms(model, batch)
+    terms = in_batch_terms(model, batch, matched)
     images, texts = ([int(sample[key][0]) for sample in samples] for key in ("images", "texts"))
     out = {(i, t): one_pair(model, train_split, i, t) for i in set(images) for t in texts}
     temperature = float(model.temperature())
@@ -169,9 +170,9 @@ def test_in_batch_terms_match_with_the_most_similar_pair_of_another_picture(tiny
         return np.log(np.exp(logits).sum()) - logits[label]
 
     contrastive = (cross_entropy(similarity) + cross_entropy(similarity.T)).mean() / 2
-    true = np.mean([matching(i, t, 1) for i, t in zip(images, texts)])
-    false = np.mean([matching(images[n], texts[masked[n].argmax()], 0) for n in range(5)]
-                    + [matching(images[masked[:, n].argmax()], texts[n], 0) for n in range(5)])
+    true = np.mean([matching(i, t, 1) for i, t in list(zip(images, texts))[: matched or 5]])
+    false = np.mean([matching(images[n], texts[masked[n].argmax()], 0) for n in range(matched or 5)]
+                    + [matching(images[masked[:, n].argmax()], texts[n], 0) for n in range(matched or 5)])
     assert float(terms["contrastive"]) == pytest.approx(contrastive, rel=1e-4)
     assert float(terms["matching"]) == pytest.approx((true + false) / 2, rel=1e-4)
     assert float(terms["loss"]) == pytest.approx(contrastive + (true + false) / 2, rel=1e-4)

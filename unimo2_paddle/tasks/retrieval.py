@@ -375,7 +375,7 @@ class RetrievalTask(FinetuneTask):
 
     def loss(self, model, batch):
         train = self.config.train
-        return in_batch_terms(model, batch) if train.objective == "in_batch" else circle_terms(model, batch, train)
+        return in_batch_terms(model, batch, train.matched_pairs) if train.objective == "in_batch" else circle_terms(model, batch, train)
 
     def evaluators(self):
         config = self.config

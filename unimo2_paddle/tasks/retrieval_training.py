@@ -20,8 +20,9 @@ class RetrievalTrain(FinetuneTrain):
 
     ``objective``: ``circle`` scores every caption with its picture, ``image_negatives`` other pictures and its picture with
     ``caption_negatives`` captions of others, and an epoch is every caption once. ``in_batch`` takes every picture with one of its
-    captions once per epoch, contrasts all pairs of a batch and matches each with the hardest others. ``margin``, ``scale``: of the
-    circle loss.
+    captions once per epoch, contrasts all pairs of a batch and matches each with the hardest others; of ``matched_pairs`` above 0 only
+    so many (the first of a worker's batch) go through the grounded encoder, because contrast is cheap and matching is not.
+    ``margin``, ``scale``: of the circle loss.
     """
 
     epochs: int = 40
@@ -31,6 +32,7 @@ class RetrievalTrain(FinetuneTrain):
     caption_negatives: int = 10
     margin: float = 0.2
     scale: float = 1.0
+    matched_pairs: int = 0
 
     def problems(self):
         found = super().problems()
@@ -39,6 +41,8 @@ class RetrievalTrain(FinetuneTrain):
         found += [f"{key}: must be above 0, is {getattr(self, key)}" for key in ("margin", "scale") if getattr(self, key) <= 0]
         if self.objective not in OBJECTIVES:
             found.append(f"objective: {self.objective!r} is not one of {', '.join(OBJECTIVES)}")
+        if not 0 <= self.matched_pairs <= self.batch_size:
+            found.append(f"matched_pairs: must be between 0 and batch_size {self.batch_size}, is {self.matched_pairs}")
         if self.objective == "in_batch" and self.batch_size < 2:
             found.append(f"batch_size: objective in_batch needs at least 2 pairs to tell apart, is {self.batch_size}")
         return found
@@ -143,26 +147,28 @@ def circle_terms(model, batch, train):
     return {"loss": loss, "caption_negatives": caption_side, "image_negatives": image_side, "accuracy": best}
 
 
-def in_batch_terms(model, batch):
-    """Contrastive loss over all workers' pairs and matching with hard negatives drawn from this worker's batch."""
+def in_batch_terms(model, batch, matched_pairs=0):
+    """Contrastive loss over all workers' pairs, and matching of ``matched_pairs`` (0: all) with hard negatives from this worker's batch."""
     images, texts = _encode(model, batch)
     pair_image, pair_text = batch["pair_image"].reshape([-1]), batch["pair_text"].reshape([-1])
     images, texts, size = images.take(pair_image), texts.take(pair_text), pair_image.shape[0]
     contrastive, logits, _ = contrastive_loss(
         images.features, texts.features, model.temperature(), all_image=gather_rows(images.features), all_text=gather_rows(texts.features),
         offset=rank() * size)
-    here = paddle.arange(size)
     with paddle.no_grad():
+        here = paddle.arange(size)
         similarity = paddle.matmul(images.features, texts.features, transpose_y=True) / model.temperature()
         # two captions of one picture are no negatives of each other; they meet where a batch reaches into the next epoch
         same = (pair_image.unsqueeze(1) == pair_image.unsqueeze(0)).astype("float32") * 1e9
         noise = batch["noise"][:, :, :size]
         other_text = (similarity - same + noise[:, 0]).argmax(axis=1)
         other_image = (similarity.t() - same + noise[:, 1]).argmax(axis=1)
+        count = min(matched_pairs or size, size)
+        here, other_text, other_image = here[:count], other_text[:count], other_image[:count]
         picture, caption = paddle.concat([here, here, other_image]), paddle.concat([here, other_text, here])
-        labels = paddle.concat([paddle.ones([size], dtype="int64"), paddle.zeros([2 * size], dtype="int64")])
+        labels = paddle.concat([paddle.ones([count], dtype="int64"), paddle.zeros([2 * count], dtype="int64")])
     matched = matching_logits(model, images.take(picture), texts.take(caption))
     losses = F.cross_entropy(matched, labels, reduction="none").reshape([-1])
-    matching = (losses[:size].mean() + losses[size:].mean()) / 2  # true and false pairs weigh the same
-    right = (logits.argmax(axis=1) == here + rank() * size).astype("float32").mean()
+    matching = (losses[:count].mean() + losses[count:].mean()) / 2  # true and false pairs weigh the same
+    right = (logits.argmax(axis=1) == paddle.arange(size) + rank() * size).astype("float32").mean()
     return {"loss": contrastive + matching, "contrastive": contrastive, "matching": matching, "contrastive_accuracy": right}
