@@ -6,12 +6,13 @@ else from array shapes and parameter names, else from the defaults of the vector
 when one is outside its tolerance.
 """
 import argparse
+import json
 import re
 import sys
 import zlib  # noqa: F401  before paddle, see unimo2_paddle/__init__.py
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import numpy as np  # noqa: E402
 
@@ -22,7 +23,7 @@ class Case:
     """One npz file with its config, and the comparison rows collected for it."""
 
     def __init__(self, path, config_path):
-        self.name = path.stem
+        self.name, self.path = path.stem, path
         with np.load(path) as arrays:
             self.arrays = {key: arrays[key] for key in arrays.files}
         self.config_path = config_path
@@ -497,8 +498,20 @@ def family(case):
 def check_case(path, config_path=None):
     """All rows ``(quantity, max error, tolerance)`` of one case."""
     case = Case(Path(path), config_path or Path(path).parent / "tiny_config.json")
-    family(case)(case)
+    if is_unimo(case.config_path):
+        import golden_unimo
+
+        golden_unimo.check(case)
+    else:
+        family(case)(case)
     return case.rows
+
+
+def is_unimo(config_path):
+    """Whether the vectors are of UNIMO, the first system."""
+    from unimo2_paddle.models.configuration import UnimoConfig, config_class
+
+    return config_class(json.loads(Path(config_path).read_text(encoding="utf-8"))) is UnimoConfig
 
 
 def main(argv=None):

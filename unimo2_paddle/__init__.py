@@ -9,6 +9,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Unimo2Config": "unimo2_paddle.models.configuration",
     "Unimo2Model": "unimo2_paddle.models.unimo2",
+    "UnimoConfig": "unimo2_paddle.models.configuration",
+    "UnimoModel": "unimo2_paddle.models.unimo",
     "Tokenizer": "unimo2_paddle.data.tokenizer",
     "load_image": "unimo2_paddle.data.images",
     "Predictor": "unimo2_paddle.serving.predictor",

@@ -1,11 +1,12 @@
-"""The model equals the authors' code on golden vectors made with it (tests/data/golden; see tools/check_golden.py)."""
+"""The model equals the authors' code on golden vectors made with it (tests/data/golden: UNIMO-2,
+golden_unimo: UNIMO; see tools/check_golden.py)."""
 import importlib.util
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CASES = sorted((ROOT / "tests/data/golden").glob("*.npz"))
+CASES = [path for family in ("golden", "golden_unimo") for path in sorted((ROOT / "tests/data" / family).glob("*.npz"))]
 spec = importlib.util.spec_from_file_location("check_golden", ROOT / "tools/check_golden.py")
 check_golden = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(check_golden)

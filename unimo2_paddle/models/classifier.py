@@ -1,8 +1,9 @@
-"""A classification head on UNIMO-2: on text (GLUE), on an image (ImageNet), or on a pair (VQA, visual entailment)."""
+"""A classification head on either model: on text (GLUE), on an image (ImageNet), or on a pair (VQA, visual entailment)."""
 from paddle import nn
 
 from unimo2_paddle.errors import UserInputError
-from unimo2_paddle.models.heads import ClassificationHead
+from unimo2_paddle.models.heads import ClassificationHead, EntailmentHead
+from unimo2_paddle.models.unimo import UnimoModel
 from unimo2_paddle.models.unimo2 import Unimo2Model
 
 INPUTS = ("pair", "text", "image")
@@ -44,3 +45,37 @@ class Unimo2Classifier(nn.Layer):
     def forward(self, image=None, input_ids=None, position_ids=None, text_mask=None):
         """Logits ``[B, num_labels]``."""
         return self.head(self.features(image, input_ids, position_ids, text_mask))
+
+
+class UnimoClassifier(nn.Layer):
+    """UNIMO's pooled output and its head: on text one layer (``cls_out_{N}_w``), on a pair the sum of both poolers and two layers.
+
+    Args:
+        config: ``UnimoConfig``; inputs: "text" (GLUE, also regression with ``num_labels`` 1) or "pair" (visual entailment).
+        num_labels: outputs; dropout: of the head (the authors' 0.1).
+    """
+
+    def __init__(self, config, inputs, num_labels, dropout=0.1):
+        super().__init__()
+        if inputs not in ("pair", "text"):
+            raise UserInputError(f"inputs {inputs!r} is not one of pair, text")
+        self.config, self.inputs, self.num_labels = config, inputs, num_labels
+        self.backbone = UnimoModel(config, vision=inputs == "pair", heads=("pooling",))
+        if inputs == "pair":
+            self.head = EntailmentHead(config.hidden_size, num_labels, dropout, config.initializer_range)
+        else:
+            self.head = ClassificationHead(config.hidden_size, num_labels, dropout, config.initializer_range, f"cls_out_{num_labels}")
+
+    def set_recompute(self, enabled=True):
+        """Recompute layer activations in the backward pass."""
+        self.backbone.set_recompute(enabled)
+
+    def features(self, **inputs):
+        """Pooled features ``[B, H]``; arguments as in ``UnimoModel.forward``."""
+        out = self.backbone(**inputs, first_only=True)
+        text = self.backbone.pool_text(out)
+        return text + self.backbone.pool_image(out) if self.inputs == "pair" else text
+
+    def forward(self, **inputs):
+        """Logits ``[B, num_labels]``."""
+        return self.head(self.features(**inputs))

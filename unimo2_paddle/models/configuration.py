@@ -12,6 +12,7 @@ _CHOICES = {
     "text_hidden_act": ("gelu", "relu"),
     "vit_hidden_act": ("gelu", "relu"),
     "fusion_method": ("mul", "sum"),
+    "similarity_method": ("softmax",),
     "grounding_method": ("topk", "normal"),
     "model_type": ("grounded", "baseline"),
 }
@@ -41,8 +42,91 @@ def parse_layers(value, count, key):
     return layers
 
 
+class ModelConfig:
+    """What both model configs share: reading, writing and checking. Subclasses are dataclasses and define ``_value_problems``.
+
+    ``UNCHECKED``: keys with several allowed types; ``WHOLE``: keys whose default is ``None`` but whose values are whole numbers;
+    ``MAY_BE_ZERO``: the only whole numbers that may be 0.
+    """
+
+    UNCHECKED, WHOLE, MAY_BE_ZERO = (), (), ()
+
+    def _type_problems(self):
+        problems = []
+        for field in fields(self):
+            value, default = getattr(self, field.name), field.default
+            if field.name in self.UNCHECKED or (value is None and default is None):
+                continue
+            expected = int if field.name in self.WHOLE else type(default)
+            if expected is float and isinstance(value, int) and not isinstance(value, bool):
+                setattr(self, field.name, float(value))
+            elif not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+                problems.append(f"{field.name}: {value!r} is not of type {expected.__name__}")
+        return problems
+
+    def _range_problems(self):
+        problems = []
+        for key, choices in _CHOICES.items():
+            if hasattr(self, key) and getattr(self, key) not in choices:
+                problems.append(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool):
+                continue
+            lowest = 0 if field.name in self.MAY_BE_ZERO else 1
+            if isinstance(value, int) and value < lowest:
+                problems.append(f"{field.name}: must be at least {lowest}, is {value}")
+            if isinstance(value, float) and field.name.endswith(("_prob", "_ratio")) and not 0 <= value < 1:
+                problems.append(f"{field.name}: must be in [0, 1), is {value}")
+        return problems
+
+    @classmethod
+    def from_dict(cls, values, source="model config", **overrides):
+        """A config from a mapping; unknown keys are errors with the nearest known key."""
+        merged = {**values, **overrides}
+        known = [f.name for f in fields(cls)]
+        problems = []
+        for key in merged:
+            if key not in known:
+                close = difflib.get_close_matches(str(key), known, n=1)
+                problems.append(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        try:
+            config = cls(**{key: value for key, value in merged.items() if key in known})
+        except ConfigError as error:
+            problems.extend(error.problems)
+        if problems:
+            raise ConfigError(problems, source)
+        return config
+
+    @classmethod
+    def from_json(cls, path, **overrides):
+        """A config from a JSON file of the authors' form; ``overrides`` replace single keys."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                values = json.load(file)
+        except OSError as error:
+            raise ConfigError(f"cannot read the model config: {error.strerror}", str(path)) from None
+        except ValueError as error:
+            raise ConfigError(f"not a JSON file: {error}", str(path)) from None
+        if not isinstance(values, dict):
+            raise ConfigError("must be a JSON object of config keys", str(path))
+        return cls.from_dict(values, source=str(path), **overrides)
+
+    def to_dict(self):
+        """All keys and values as plain Python."""
+        return dataclasses.asdict(self)
+
+    def to_json(self, path=None):
+        """The config as JSON text, also written to ``path`` when given."""
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        return text
+
+
 @dataclass
-class Unimo2Config:
+class Unimo2Config(ModelConfig):
     """Shapes and switches of UNIMO-2.
 
     The keys are those of the authors' JSON files and command lines (reference notes, section 1.1). Defaults are the base model.
@@ -99,6 +183,10 @@ class Unimo2Config:
     grounding_counts_padding: bool = False
     position_grid: int = 14
 
+    UNCHECKED = ("text_enc_layers", "grounding_enc_layers")
+    WHOLE = ("text_hidden_size", "vit_hidden_size")
+    MAY_BE_ZERO = ("type_vocab_size",)
+
     def __post_init__(self):
         problems = self._type_problems()
         if not problems:
@@ -113,32 +201,8 @@ class Unimo2Config:
         if problems:
             raise ConfigError(problems, "model config")
 
-    def _type_problems(self):
-        problems = []
-        for field in fields(self):
-            value, default = getattr(self, field.name), field.default
-            if field.name in ("text_enc_layers", "grounding_enc_layers") or (value is None and default is None):
-                continue
-            expected = int if field.name in ("text_hidden_size", "vit_hidden_size") else type(default)
-            if expected is float and isinstance(value, int) and not isinstance(value, bool):
-                setattr(self, field.name, float(value))
-            elif not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
-                problems.append(f"{field.name}: {value!r} is not of type {expected.__name__}")
-        return problems
-
     def _value_problems(self):
-        problems = []
-        for key, choices in _CHOICES.items():
-            if getattr(self, key) not in choices:
-                problems.append(f"{key}: {getattr(self, key)!r} is not one of {', '.join(choices)}")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool):
-                continue
-            if isinstance(value, int) and value < (0 if field.name == "type_vocab_size" else 1):
-                problems.append(f"{field.name}: must be at least 1, is {value}")
-            if isinstance(value, float) and field.name.endswith(("_prob", "_ratio")) and not 0 <= value < 1:
-                problems.append(f"{field.name}: must be in [0, 1), is {value}")
+        problems = self._range_problems()
         if problems:
             return problems
         for prefix in ("", "text_", "vit_"):
@@ -173,46 +237,73 @@ class Unimo2Config:
         """Patches of an image of ``image_size``."""
         return self.grid ** 2
 
-    @classmethod
-    def from_dict(cls, values, source="model config", **overrides):
-        """A config from a mapping; unknown keys are errors with the nearest known key."""
-        merged = {**values, **overrides}
-        known = [f.name for f in fields(cls)]
-        problems = []
-        for key in merged:
-            if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                problems.append(f"unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        try:
-            config = cls(**{key: value for key, value in merged.items() if key in known})
-        except ConfigError as error:
-            problems.extend(error.problems)
+
+@dataclass
+class UnimoConfig(ModelConfig):
+    """Shapes and switches of UNIMO (the first system).
+
+    The keys are those of the authors' JSON files (reference notes, section 1.1) and, as in their command lines, ``weight_sharing``,
+    ``role_type_size`` and ``turn_type_size`` (3 and 16 for dialogue, 0: no such tables). Defaults are the base model.
+    ``type_vocab_size``, ``num_labels``, ``fusion_method``, ``max_pixel_len``, ``max_pixel_position_embeddings``, ``image_attr_size``,
+    ``image_use_attr``, ``use_neg_lm_loss`` and ``similarity_method`` are accepted because the files contain them; the released code does not use them.
+    The mask ratios, ``overlap_ratio``, ``image_class_size`` and the other ``image_*`` switches say how the authors pre-trained;
+    ``max_img_len`` (regions with the global one) and ``max_obj_len`` are the limits of the readers.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    vocab_size: int = 50265
+    max_position_embeddings: int = 514
+    type_vocab_size: int = 0
+    initializer_range: float = 0.02
+    image_embedding_size: int = 2048
+    image_class_size: int = 1601
+    image_attr_size: int = 401
+    image_predict_feature: bool = True
+    image_predict_class: bool = True
+    image_use_attr: bool = False
+    image_use_soft_label: bool = True
+    max_img_len: int = 37
+    max_obj_len: int = 50
+    max_pixel_len: int = 256
+    max_pixel_position_embeddings: int = 196
+    txt_mask_ratio: float = 0.15
+    vl_mask_ratio: float = 0.15
+    scenegraph_mask_ratio: float = 0.3
+    overlap_ratio: float = 0.4
+    similarity_method: str = "softmax"
+    fusion_method: str = "mul"
+    use_neg_lm_loss: bool = False
+    num_labels: int = 2
+    weight_sharing: bool = True
+    role_type_size: int = 0
+    turn_type_size: int = 0
+
+    MAY_BE_ZERO = ("type_vocab_size", "role_type_size", "turn_type_size")
+
+    def __post_init__(self):
+        problems = self._type_problems() or self._value_problems()
         if problems:
-            raise ConfigError(problems, source)
-        return config
+            raise ConfigError(problems, "model config")
 
-    @classmethod
-    def from_json(cls, path, **overrides):
-        """A config from a JSON file of the authors' form; ``overrides`` replace single keys."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
-        except OSError as error:
-            raise ConfigError(f"cannot read the model config: {error.strerror}", str(path)) from None
-        except ValueError as error:
-            raise ConfigError(f"not a JSON file: {error}", str(path)) from None
-        if not isinstance(values, dict):
-            raise ConfigError("must be a JSON object of config keys", str(path))
-        return cls.from_dict(values, source=str(path), **overrides)
+    def _value_problems(self):
+        problems = self._range_problems()
+        if not problems and self.hidden_size % self.num_attention_heads:
+            problems.append(f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}")
+        if (self.role_type_size == 0) != (self.turn_type_size == 0):
+            problems.append(f"role_type_size: {self.role_type_size} and turn_type_size {self.turn_type_size}: give both (dialogue) or neither")
+        return problems
 
-    def to_dict(self):
-        """All keys and values as plain Python."""
-        return dataclasses.asdict(self)
+    @property
+    def dialog(self):
+        """Whether text has roles and turns."""
+        return self.role_type_size > 0
 
-    def to_json(self, path=None):
-        """The config as JSON text, also written to ``path`` when given."""
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
-        if path is not None:
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        return text
+
+def config_class(values):
+    """Which of the two configs a mapping of keys is for: UNIMO's says ``vocab_size`` where UNIMO-2's says ``text_vocab_size``."""
+    return UnimoConfig if "vocab_size" in values and "text_vocab_size" not in values else Unimo2Config

@@ -1,4 +1,4 @@
-"""Transformer layers shared by the three encoders: pre-norm (ViT) and post-norm (text, grounded).
+"""Transformer layers shared by all encoders: pre-norm (ViT) and post-norm (text, grounded, UNIMO's single stream).
 
 Parameters carry the authors' variable names, so checkpoints load by name.
 """
@@ -182,14 +182,18 @@ class EncoderLayer(nn.Layer):
 
 
 class Encoder(nn.Layer):
-    """A stack of layers whose parameter names keep the layer's index (so a subset of layers loads the right weights)."""
+    """A stack of layers whose parameter names keep the layer's index (so a subset of layers loads the right weights).
+
+    ``name`` precedes it with a dot; it is empty in UNIMO, which has one encoder only.
+    """
 
     def __init__(self, name, layers, hidden_size, num_heads, activation, hidden_dropout, attention_dropout, init_std,
                  pre_norm=False, epsilon=1e-5):
         super().__init__()
         self.num_heads, self.recompute = num_heads, False
+        prefix = f"{name}." if name else ""
         self.layers = nn.LayerList([
-            EncoderLayer(f"{name}.encoder_layer_{i}", hidden_size, num_heads, activation, hidden_dropout, attention_dropout, init_std,
+            EncoderLayer(f"{prefix}encoder_layer_{i}", hidden_size, num_heads, activation, hidden_dropout, attention_dropout, init_std,
                          pre_norm, epsilon) for i in layers])
 
     def forward(self, states, mask=None, rows=None, caches=None):

@@ -9,7 +9,7 @@ from paddle import nn
 from unimo2_paddle.errors import UserInputError
 from unimo2_paddle.models.grounding import Grounding, GroundedDictionary
 from unimo2_paddle.models.heads import Pooler, TiedPredictor
-from unimo2_paddle.models.text import TextEncoder, text_visibility
+from unimo2_paddle.models.text import TextEncoder, source_mask, text_visibility, visibility_block
 from unimo2_paddle.models.transformer import Encoder, layer_norm, linear
 from unimo2_paddle.models.vision import VisionTransformer
 
@@ -28,20 +28,6 @@ class Unimo2Output:
     fused_image: Optional[paddle.Tensor] = None     # [B, 1+P, H] grounded encoder output
     fused_grounded: Optional[paddle.Tensor] = None  # [B, K, H]
     fused_text: Optional[paddle.Tensor] = None      # [B, L, H]
-
-
-def _block(rows, columns):
-    """Visibility block ``[B, R, C]`` in which every valid row sees every valid column (``[B, R]``, ``[B, C]``)."""
-    return paddle.matmul(rows.unsqueeze(2), columns.unsqueeze(1))
-
-
-def source_mask(text_mask):
-    """Which text positions are real and readable by everybody, ``[B, L]``.
-
-    Of a ``[B, L, L]`` sequence-to-sequence mask that is what the first position sees (the source side), so that no target token
-    leaks through the grounded tokens.
-    """
-    return text_mask if len(text_mask.shape) == 2 else text_mask[:, 0]
 
 
 def joint_visibility(image_states=None, grounded_visible=None, text_mask=None, layout="pair", baseline=False):
@@ -81,7 +67,7 @@ def joint_visibility(image_states=None, grounded_visible=None, text_mask=None, l
             if (row, column) == ("text", "text"):
                 blocks.append(square)
             else:
-                block = _block(row_valid, column_valid)
+                block = visibility_block(row_valid, column_valid)
                 blocks.append(block * 0.0 if (row, column) in hidden else block)
         rows.append(paddle.concat(blocks, axis=2))
     return paddle.concat(rows, axis=1)
