@@ -45,3 +45,7 @@ class VocabularyError(UserInputError):
 
 class TrainingError(Unimo2Error):
     """Training cannot go on (for example a loss that is not finite)."""
+
+
+class WorkerError(TrainingError):
+    """A process that builds batches died or failed in a way that is not the data's fault."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unimo2_paddle.config import build
-from unimo2_paddle.data.mixture import Draw, MixturePlan
+from unimo2_paddle.data.mixture import Batches, Draw, MixturePlan
 from unimo2_paddle.data.pretrain_batches import BadRecords, PretrainBatchBuilder, PretrainData, open_sources
 from unimo2_paddle.data.shards import ShardWriter
 from unimo2_paddle.data.tokenizer import Tokenizer
@@ -189,7 +189,7 @@ def test_a_bad_record_is_replaced_listed_once_with_its_reason_and_the_rest_is_un
         assert builder(draw)["image"].shape == (8, 32, 32, 3)
     entries = {entry["key"]: entry for entry in listed(tmp_path)}
     assert len(listed(tmp_path)) == 2, "read in every epoch, listed once"
-    broken, blank = entries["broken"], entries[6]  # the text itself is unreadable, so this one goes by its number
+    broken, blank = entries["broken"], entries["blank"]
     assert "truncated JPEG" in broken["reason"] and "record broken" in broken["reason"]
     assert "empty text" in blank["reason"] and "record blank" in blank["reason"]
     assert {entry["shard"] for entry in entries.values()} == {str(tmp_path / "shards" / "pairs-00000.tar")}
@@ -267,3 +267,49 @@ def test_a_list_with_a_line_cut_off_by_a_crash_is_gone_on_with(tmp_path):
     bad.write("a.tar", "y", "reason")
     bad.write("a.tar", "x", "known already")
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()[1:]] == ["x", "y"]
+
+
+def test_half_a_line_left_by_a_crash_does_not_swallow_the_next_entry(tmp_path):
+    path = tmp_path / "bad_records.jsonl"
+    path.write_text('{"shard": "a.t')
+    BadRecords(str(path), 0.01).write("a.tar", "y", "reason")
+    assert json.loads(path.read_text().splitlines()[1])["key"] == "y"
+
+
+def test_several_workers_count_together_and_list_every_record_once(world, tmp_path):
+    shards = write_pairs(tmp_path / "shards", 40, ["broken1", "broken2"])
+    builder, orders = world({"pairs": shards}, ["pairs"], max_bad_ratio=0.2)
+    batches = Batches(MixturePlan({"pairs": orders["pairs"]}, {"pairs": 1.0}, BATCH, 1), builder, num_workers=3)
+    try:
+        for _ in range(30):
+            next(batches)
+    finally:
+        batches.close()
+    assert builder.bad_records.seen >= 240 and builder.bad_records.bad >= 10
+    assert sorted(entry["key"] for entry in listed(tmp_path)) == ["broken1", "broken2"]
+
+
+def test_too_many_bad_records_stop_the_run_through_workers_too(world, tmp_path):
+    builder, orders = world({"pairs": write_pairs(tmp_path / "shards", 15, ["broken"])}, ["pairs"], max_bad_ratio=0.02)
+    batches = Batches(MixturePlan({"pairs": orders["pairs"]}, {"pairs": 1.0}, BATCH, 1), builder, num_workers=2)
+    try:
+        with pytest.raises(DataError, match="max_bad_ratio 0.02"):
+            for _ in range(100):
+                next(batches)
+    finally:
+        batches.close()
+    assert 100 <= builder.bad_records.seen < 200, "counted together, not a hundred for each worker"
+
+
+def test_a_list_of_bad_records_that_cannot_be_written_is_an_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot list bad records"):
+        BadRecords(str(tmp_path / "file" / "bad.jsonl"), 0.01).write("a.tar", "y", "reason")
+
+
+def test_a_shard_that_is_bad_as_a_whole_is_replaced_by_others(world, tmp_path):
+    write_pairs(tmp_path / "a", 9)
+    write_pairs(tmp_path / "b", 0, ["broken1"])
+    builder, orders = world({"pairs": tmp_path / "{a,b}" / "*.tar"}, ["pairs"], max_bad_ratio=1)
+    for draw in draws_of(orders, "pairs", 5):
+        assert len(builder(draw)["image"]) == 8

@@ -5,7 +5,8 @@ from typing import Any, Dict, List, Tuple
 
 import numpy as np
 
-from unimo2_paddle.errors import CheckpointError, DataError
+from unimo2_paddle.data.workers import WorkerPool
+from unimo2_paddle.errors import CheckpointError
 
 
 def generator(*key):
@@ -91,81 +92,30 @@ class MixturePlan:
         return draws
 
 
-class _BuiltBatches:
-    """Map-style view for ``paddle.io.DataLoader``: an "index" is a ``Draw``, an item the finished batch.
-
-    Paddle replaces what a worker process raises by a SystemError without its text, so errors about the data travel as a batch.
-    """
-
-    def __init__(self, build):
-        self.build = build
-
-    def __getitem__(self, draw):
-        try:
-            return self.build(draw)
-        except DataError as error:
-            return {_ERROR: str(error), "nothing": np.zeros(1)}
-
-    def __len__(self):
-        return 1 << 40
-
-
-_ERROR = "data error"
-
-
-def _start_worker(_):
-    import cv2
-
-    cv2.setNumThreads(0)  # the workers are the parallelism; OpenCV's own threads would only fight for the same cores
-
-
 class Batches:
     """Endless batches of a plan, built in worker processes when ``num_workers`` > 0, in order.
 
     ``next(batches)`` gives one micro-batch; ``state_dict()`` is the position after the last whole step that was taken out, whatever
-    has been prefetched; ``close()`` ends the worker processes.
+    has been prefetched; ``close()`` ends the worker processes. Errors: see ``WorkerPool``.
     """
 
     def __init__(self, plan, build, num_workers=0):
-        self.plan, self.build, self.num_workers = plan, build, num_workers
+        self.plan, self.build = plan, build
         self._states, self._taken, self._state = deque(), 0, plan.state_dict()
-        self._closed = False
-        self._direct = self._draws()
-        self._iterator = iter(self._loader()) if num_workers else None
+        self._draws = self._next_draws()
+        self._pool = WorkerPool(build, self._draws, num_workers, _describe) if num_workers else None
 
-    def _draws(self):
-        while not self._closed:
+    def _next_draws(self):
+        while True:
             draws = self.plan.next_step()
             self._states.append(self.plan.state_dict())
             yield from draws
-
-    def _loader(self):
-        from paddle.io import BatchSampler, DataLoader, Dataset
-
-        class Built(_BuiltBatches, Dataset):
-            pass
-
-        class Plan(BatchSampler):
-            def __init__(self, draws):
-                self.draws = draws
-
-            def __iter__(self):
-                for draw in self.draws:
-                    yield [draw]
-
-            def __len__(self):
-                return 1 << 40
-
-        return DataLoader(Built(self.build), batch_sampler=Plan(self._direct), collate_fn=lambda items: items[0],
-                          num_workers=self.num_workers, use_shared_memory=True, return_list=True, worker_init_fn=_start_worker)
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        batch = next(self._iterator) if self._iterator is not None else self.build(next(self._direct))
-        if _ERROR in batch:
-            raise DataError(batch[_ERROR])
+        batch = next(self._pool) if self._pool is not None else self.build(next(self._draws))
         self._taken += 1
         if self._taken == self.plan.accumulate:
             self._taken, self._state = 0, self._states.popleft()
@@ -176,9 +126,10 @@ class Batches:
         return self._state
 
     def close(self):
-        """Take out what was prefetched, after which Paddle's loader ends its worker processes by itself."""
-        self._closed = True
-        iterator, self._iterator = self._iterator, None
-        if iterator is not None:
-            for _ in iterator:
-                pass
+        """End the worker processes, if there are any."""
+        if self._pool is not None:
+            self._pool.close()
+
+
+def _describe(draw):
+    return f"step {draw.step} ({draw.corpus})"

@@ -1,5 +1,7 @@
 """Pre-training batches: shards and vocabulary in, dictionaries of numpy arrays out."""
+import fcntl
 import json
+import mmap
 import os
 from dataclasses import dataclass, field
 from typing import List, Union
@@ -11,6 +13,7 @@ from unimo2_paddle.data.images import Augmentation, augment_image, decode_image
 from unimo2_paddle.data.masking import mask_spans, sequence_fragments
 from unimo2_paddle.data.mixture import CORPORA, ORDER_DRAW, STEP_DRAW, generator
 from unimo2_paddle.data.shards import EpochOrder, ShardSet
+from unimo2_paddle.data.workers import note, process_number
 from unimo2_paddle.errors import DataError
 
 MAX_CHARACTERS_PER_TOKEN = 40  # a text is cut before tokenising: a 10,000-word caption must not cost 10,000 words of work
@@ -78,7 +81,7 @@ def open_sources(data, corpora, seed, bad_records, list_bad=True):
 
 
 class BadRecords:
-    """Counts bad records, writes each once with its reason to a file, and stops the run when there are too many.
+    """Counts bad records over all workers of a process, lists each once with its reason, and stops the run when there are too many.
 
     Args:
         path: JSON lines file, made when the first bad record is found and continued by a resumed run.
@@ -86,27 +89,53 @@ class BadRecords:
     """
 
     ENOUGH_RECORDS = 100
+    _PROCESSES = 512
 
     def __init__(self, path, max_ratio):
-        self.path, self.max_ratio, self.seen, self.bad = path, max_ratio, 0, 0
-        self._written = None
+        self.path, self.max_ratio = path, max_ratio
+        # one row per worker, so that counting needs no lock that a dying worker could keep
+        self._counts = np.frombuffer(mmap.mmap(-1, 16 * self._PROCESSES), np.int64).reshape(-1, 2)
+        self._written, self._offset, self._mend = set(), 0, b""
+
+    @property
+    def seen(self):
+        """Records read so far, by all workers."""
+        return int(self._counts[:, 0].sum())
+
+    @property
+    def bad(self):
+        """How many of them were bad."""
+        return int(self._counts[:, 1].sum())
+
+    def saw(self):
+        """Count one record that was read."""
+        self._counts[process_number() % self._PROCESSES, 0] += 1
 
     def note(self, shard, key, error):
         """Count and write down one bad record; raises ``DataError`` when the share passes the limit."""
-        self.bad += 1
+        self._counts[process_number() % self._PROCESSES, 1] += 1
         self.write(shard, key, str(error))
         self.check(self.bad, self.seen, "records read", f"; the last one: {error}")
 
     def write(self, shard, key, reason):
-        """Write down one bad record, unless the file already has it."""
-        if self._written is None:
-            self._written = self._read()
+        """Write down one bad record, unless the file already has it.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
         if (shard, key) in self._written:
             return
+        try:
+            os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
+            with open(self.path, "a+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # what other workers found is read before anything is added
+                self._read(file)
+                if (shard, key) not in self._written:
+                    entry = json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n"
+                    file.write(self._mend + entry.encode("utf-8"))
+        except OSError as error:
+            raise DataError(f"{self.path}: cannot list bad records: {error.strerror}") from None
         self._written.add((shard, key))
-        os.makedirs(os.path.dirname(self.path) or ".", exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n")
 
     def check(self, bad, seen, what, detail=""):
         """Raise ``DataError`` when ``bad`` of ``seen`` is too much."""
@@ -114,27 +143,18 @@ class BadRecords:
             raise DataError(f"{bad} of {seen} {what} are bad, more than data.max_bad_ratio {self.max_ratio} allows{detail}. "
                             f"They are listed in {self.path}; repair the data or raise data.max_bad_ratio")
 
-    def _read(self):
-        found = set()
-        try:
-            with open(self.path, encoding="utf-8") as file:
-                lines = file.readlines()
-        except OSError:
-            return found  # none yet
-        for line in lines:
+    def _read(self, file):
+        """Take in the lines that were added since the last time."""
+        file.seek(self._offset)
+        added = file.read()
+        self._mend = b"\n" if added and not added.endswith(b"\n") else b""  # a killed run left half a line
+        for line in added.splitlines():
             try:
                 entry = json.loads(line)
-                found.add((entry["shard"], entry["key"]))
+                self._written.add((entry["shard"], entry["key"]))
             except (ValueError, KeyError, TypeError):
                 continue  # cut off when a run was killed
-        return found
-
-
-def _place(reader, index):
-    """(shard, number of the record inside it)."""
-    ends = np.cumsum(reader.shard_lengths)
-    shard = int(np.searchsorted(ends, index, side="right"))
-    return reader.paths[shard], int(index - ends[shard] + reader.shard_lengths[shard])
+        self._offset = file.tell()
 
 
 class PretrainBatchBuilder:
@@ -162,24 +182,25 @@ class PretrainBatchBuilder:
         return {"corpus": draw.corpus, "samples": draw.size, **build(draw)}
 
     def _samples(self, draw, make):
-        """``make(record, rng)`` for every slot; a bad record is replaced by another one drawn from the same source."""
+        """``make(record, rng)`` for every slot; a bad record is replaced by another one, first from the same shard."""
         samples = []
         for slot, source, index in draw.slots:
             rng = draw.record_generator(self.seed, slot)
             reader = self.readers[draw.corpus][source]
-            for _ in range(SUBSTITUTES):
-                self.bad_records.seen += 1
-                record = None
+            for attempt in range(SUBSTITUTES):
+                self.bad_records.saw()
+                shard, key = reader.place(index)
+                note(f"{shard}, record {key}")
                 try:
-                    record = reader.read(index)
-                    samples.append(make(record, rng))
+                    samples.append(make(reader.read(index), rng))
                     break
                 except DataError as error:
-                    shard, number = _place(reader, index)
-                    self.bad_records.note(shard, record.key if record else number, error)
-                    index = int(rng.integers(len(reader)))
+                    self.bad_records.note(shard, key, error)
+                    # its own shard is at hand, another one may have to be fetched; but a shard can be bad as a whole
+                    near = reader.neighbours(index) if attempt < SUBSTITUTES // 2 else range(len(reader))
+                    index = int(rng.integers(near.start, near.stop))
             else:
-                raise DataError(f"{SUBSTITUTES} records in a row are bad in {reader.paths[0]} and its fellows; they are listed in "
+                raise DataError(f"{SUBSTITUTES} records in a row are bad in {shard} and its fellows; they are listed in "
                                 f"{self.bad_records.path}")
         return samples
 

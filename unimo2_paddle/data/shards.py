@@ -190,10 +190,8 @@ class ShardSet:
         Raises:
             DataError: the record's content is unusable, or the shard changed since it was indexed.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        shard = bisect.bisect_right(self._starts, index) - 1
-        table, row = self._table(shard), index - self._starts[shard]
+        shard, row = self._find(index)
+        table = self._table(shard)
         key, image, texts = table.key(row), None, []
         if self.kind != "texts":
             image = self._bytes(shard, key, *table.spans[row, :2])
@@ -201,6 +199,22 @@ class ShardSet:
             texts = _texts(self._bytes(shard, key, *table.spans[row, 2:]), table.is_json[row],
                            f"{self.paths[shard]}, record {key}")
         return Record(key, self.paths[shard], image, texts)
+
+    def place(self, index):
+        """(path of the shard, key of the record) of record number ``index``."""
+        shard, row = self._find(index)
+        return self.paths[shard], self._table(shard).key(row)
+
+    def neighbours(self, index):
+        """The record numbers of the shard that holds record ``index``, as a range."""
+        shard, _ = self._find(index)
+        return range(self._starts[shard], self._starts[shard + 1])
+
+    def _find(self, index):
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        shard = bisect.bisect_right(self._starts, index) - 1
+        return shard, index - self._starts[shard]
 
     def _bytes(self, shard, key, offset, size):
         handle = _open_shard(os.getpid(), self.paths[shard], self._identities[shard])

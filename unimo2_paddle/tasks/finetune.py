@@ -8,6 +8,7 @@ import numpy as np
 
 from unimo2_paddle.data.mixture import Batches, MixturePlan, generator
 from unimo2_paddle.data.shards import EpochOrder
+from unimo2_paddle.data.workers import note
 from unimo2_paddle.errors import CheckpointError, DataError
 from unimo2_paddle.tasks.base import Task
 
@@ -127,7 +128,10 @@ class _Builder:
         self.data, self.collate, self.seed = data, collate, seed
 
     def __call__(self, draw):
-        samples = [self.data.sample(index, draw.record_generator(self.seed, slot)) for slot, _, index in draw.slots]
+        samples = []
+        for slot, _, index in draw.slots:
+            note(f"training sample {index}")
+            samples.append(self.data.sample(index, draw.record_generator(self.seed, slot)))
         return {"samples": draw.size, **self.collate(samples)}
 
 
