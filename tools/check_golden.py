@@ -126,6 +126,22 @@ class Case:
         model.eval()
         return model
 
+    def check_hypotheses(self, found, special):
+        """Compare the hypotheses of a beam search, their scores after every token, and the best without ``special`` ids."""
+        shape = self["out/hyp_ids"].shape
+        ids, scores = np.full(shape, -1, dtype="int64"), np.zeros(shape)
+        best = np.full(self["out/best_ids"].shape, -1, dtype="int64")
+        for row, hypotheses in enumerate(found):
+            for k, hypothesis in enumerate(hypotheses):
+                ids[row, k, :len(hypothesis.ids)] = hypothesis.ids
+                scores[row, k, :len(hypothesis.ids)] = hypothesis.scores
+            words = hypotheses[0].tokens(special)
+            best[row, :len(words)] = words
+        self.check("hyp_ids", ids, tolerance=EXACT)
+        self.check("hyp_scores", scores, tolerance=SCORE)
+        self.check("best_ids", best, tolerance=EXACT)
+        self.check("best_score", [hypotheses[0].scores[-1] for hypotheses in found], tolerance=SCORE)
+
     def check_gradients(self, *layers):
         """Compare the gradients of all parameters that the case has gradients for."""
         gradients = {p.name: p.grad for layer in layers for p in layer.parameters()}
@@ -367,20 +383,7 @@ def run_decoding(case):
     start, end = int(case["in/tgt_word"].ravel()[0]), case.setting("eos_id")
     tags = case.tensor("obj_token_ids"), case.tensor("obj_pos_ids"), paddle.to_tensor(case["in/obj_token_mask"][:, 0])
     found = generate(model, case.tensor("image_pixel"), start, end, options, tags, case["in/is_full_token"] > 0)
-    shape = case["out/hyp_ids"].shape
-    ids, scores = np.full(shape, -1, dtype="int64"), np.zeros(shape)
-    best = np.full(case["out/best_ids"].shape, -1, dtype="int64")
-    special = (start, 1, end)  # [PAD] is 1 in the authors' vocabulary
-    for row, hypotheses in enumerate(found):
-        for k, hypothesis in enumerate(hypotheses):
-            ids[row, k, :len(hypothesis.ids)] = hypothesis.ids
-            scores[row, k, :len(hypothesis.ids)] = hypothesis.scores
-        words = hypotheses[0].tokens(special)
-        best[row, :len(words)] = words
-    case.check("hyp_ids", ids, tolerance=EXACT)
-    case.check("hyp_scores", scores, tolerance=SCORE)
-    case.check("best_ids", best, tolerance=EXACT)
-    case.check("best_score", [hypotheses[0].scores[-1] for hypotheses in found], tolerance=SCORE)
+    case.check_hypotheses(found, special=(start, 1, end))  # [PAD] is 1 in the authors' vocabulary
 
 
 def run_positions(case):

@@ -219,8 +219,24 @@ def run_generation_training(case):
     check_gradients(case, model)
 
 
+def run_decoding(case):
+    """Beam search after a source text, a dialogue, or regions and object tags: hypotheses, scores after every token, best text."""
+    from unimo2_paddle.models.generation import Decoding, generate_from_prefix
+
+    options = Decoding(
+        beam_size=case.setting("beam_size"), length_penalty=case.setting("length_penalty"), min_length=case.setting("min_out_len"),
+        max_length=case.setting("max_out_len"), block_trigrams=case.setting("block_trigram"))
+    start, end = int(case["in/tgt_word"].ravel()[0]), case.setting("eos_id")
+    prefix = inputs_of(case)
+    first = paddle.to_tensor(case["in/tgt_pos"].ravel().astype("int64"))
+    found = generate_from_prefix(model_of(case), prefix, start, end, options, case["in/is_full_token"] > 0, first)
+    case.check_hypotheses(found, special=(start, PADDING, end))
+
+
 def family(case):
     """The check function for a case, chosen by the arrays it holds."""
+    if "set/beam_size" in case:
+        return run_decoding
     if "out/score_raw" in case:
         return run_circle_variants
     if "in/image_index" in case:

@@ -1,8 +1,9 @@
-"""Captions from pictures: beam search, greedy search and sampling with cached keys and values.
+"""Captions and other texts: beam search, greedy search and sampling with cached keys and values.
 
-The prefix (image, grounded tokens, object tags) is computed once per image and shared by its beams; every step computes one token
-per beam. Beam search follows the authors' decoder step by step (golden cases 10e to 10k): scores are divided by a length penalty
-at every step, a finished hypothesis keeps its place and its score, an unfinished one competes with the score it has.
+The prefix (UNIMO-2: image, grounded tokens, object tags or source text; UNIMO: regions, object tags, source text) is computed once per
+sample and shared by its beams; every step computes one token per beam. Beam search follows the authors' decoders step by step (golden
+cases 10e to 10k, v1_40 to v1_52): scores are divided by a length penalty at every step, a finished hypothesis keeps its place and its
+score, an unfinished one competes with the score it has.
 """
 from dataclasses import dataclass, field
 from typing import List
@@ -12,21 +13,22 @@ import paddle
 import paddle.nn.functional as F
 
 from unimo2_paddle.errors import UserInputError
+from unimo2_paddle.models.text import source_mask
 from unimo2_paddle.models.transformer import MASK_BIAS, LayerCache
 
 METHODS = ("beam", "greedy", "sample")
-FIRST_POSITION = 2     # position of [CLS], which starts every caption
+FIRST_POSITION = 2     # position of [CLS], which starts every text
 BLOCKED = -65000.0     # added to a candidate that repeats a trigram (the authors' value)
 
 
 @dataclass
 class Decoding:
-    """How captions are searched.
+    """How texts are searched.
 
-    ``min_length``: tokens between [CLS] and [SEP], at least; ``max_length``: tokens after [CLS], at most. ``length_penalty``: scores are divided by ((5 + length) / 6) to this power. ``samples``: captions per image of ``sample``.
+    ``min_length``: tokens between [CLS] and the end token, at least; ``max_length``: tokens after [CLS], at most. ``length_penalty``: scores are divided by ((5 + length) / 6) to this power. ``samples``: texts per input of ``sample``.
     ``top_k`` (0: all) and ``top_p`` restrict sampling to the most probable tokens; ``temperature`` flattens it.
-    ``attend_padded_tags``: padded object tags are attended while decoding, as the authors have it; a caption then depends on the
-    images it shares a batch with.
+    ``attend_padded_tags``: padded object tags are attended while decoding, as the authors have it in UNIMO-2; a caption then depends
+    on the images it shares a batch with. UNIMO never attends them.
     """
 
     method: str = "beam"
@@ -57,28 +59,28 @@ class Decoding:
 
 @dataclass
 class Hypothesis:
-    """One caption: ``ids`` start with [CLS] and end with [SEP] unless it was cut at the maximum length; ``scores`` has the score after
+    """One text: ``ids`` start with [CLS] and end with the end token unless it was cut at the maximum length; ``scores`` has the score after
     every token (0 for [CLS]): length-penalised in beam search, else the summed log-probability."""
 
     ids: List[int] = field(default_factory=list)
     scores: List[float] = field(default_factory=list)
 
     def finished(self, end_id):
-        """Whether the caption has ended."""
+        """Whether the text has ended."""
         return len(self.ids) > 1 and self.ids[-1] == end_id
 
     def tokens(self, special):
-        """The ids without [CLS] and [SEP] and without other ``special`` ids."""
+        """The ids without those in ``special`` ([CLS], the end token and others)."""
         return [i for i in self.ids if i not in special]
 
 
 class PrefixCache:
-    """Keys and values of a batch of pictures and their object tags, and of the tokens generated so far.
+    """Keys and values of a batch of pictures and their object tags, or of source texts, and of the tokens generated so far.
 
     Args:
-        model: ``Unimo2Model`` with vision and the masked_lm head, in evaluation mode.
-        image_states: ``[B, 1 + P, H]``.
-        tags: (input_ids, position_ids, mask), each ``[B, L]``, or ``None`` when there are no object tags.
+        model: ``Unimo2Model`` with the masked_lm head, in evaluation mode.
+        image_states: ``[B, 1 + P, H]``, or ``None`` to go on with a text.
+        tags: (input_ids, position_ids, mask), each ``[B, L]``: object tags, or the source text; ``None`` for a picture without tags.
         attend_padded_tags: see :class:`Decoding`.
     """
 
@@ -92,17 +94,17 @@ class PrefixCache:
             ids, positions, mask = tags
             text_states = model.encode_text(ids, positions, mask, caches=self.text)
             self.text_bias = ((mask - 1.0) * MASK_BIAS).unsqueeze([1, 2])  # [B, 1, 1, L]
-        grounding = model.ground(image_states, layout="caption", with_loss=False) if model.grounded else None
-        model.fuse(image_states, text_states, mask, layout="caption", grounding=grounding, caches=self.grounded)
-        hidden_codes = None if grounding is None else (grounding.visible - 1.0) * MASK_BIAS
+        layout = "pair" if image_states is None else "caption"  # as in training: source text and grounded tokens see each other
+        grounding = model.ground(image_states, text_states, mask, layout, with_loss=False) if model.grounded else None
+        model.fuse(image_states, text_states, mask, layout, grounding=grounding, caches=self.grounded)
         if tags is not None and not attend_padded_tags:
-            before = paddle.zeros_like(image_states[:, :, 0])
-            parts = [before] + ([hidden_codes] if grounding is not None else []) + [self.text_bias[:, 0, 0]]
-            self.grounded_bias = paddle.concat(parts, axis=1).unsqueeze([1, 2])
+            parts = [] if image_states is None else [paddle.zeros_like(image_states[:, :, 0])]
+            parts += [] if grounding is None else [(grounding.visible - 1.0) * MASK_BIAS]
+            self.grounded_bias = paddle.concat(parts + [self.text_bias[:, 0, 0]], axis=1).unsqueeze([1, 2])
 
-    def step(self, tokens, position):
-        """Log-probabilities ``[B, K, V]`` of the next token after feeding ``tokens`` int64 ``[B, K]`` at ``position``."""
-        states = self.model.text.embed(tokens, paddle.full_like(tokens, position))
+    def step(self, tokens, step):
+        """Logits ``[B, K, V]`` of the next token after feeding ``tokens`` int64 ``[B, K]``, the text's number ``step`` (from 0)."""
+        states = self.model.text.embed(tokens, paddle.full_like(tokens, FIRST_POSITION + step))
         states = self.model.text.encoder.step(states, self.text, self.text_bias)
         states = self.model.grounded_encoder.step(states, self.grounded, self.grounded_bias)
         return self.model.mlm_logits(states)
@@ -116,32 +118,100 @@ class PrefixCache:
                                                   for bias in (self.text_bias, self.grounded_bias))
 
 
-@paddle.no_grad()
-def generate(model, image, start_id, end_id, options, tags=None, word_starts=None):
-    """Caption a batch of pictures.
+class SingleStreamCache:
+    """Keys and values of a batch of UNIMO prefixes ([image ; object tags ; source text]), and of the tokens generated so far.
 
     Args:
-        model: ``Unimo2Model`` in evaluation mode, with vision and the masked_lm head.
-        image: float32 ``[B, S, S, 3]``, normalised.
-        start_id, end_id: [CLS] and [SEP].
+        model: ``UnimoModel`` with the masked_lm head, in evaluation mode.
+        prefix: arguments of ``UnimoModel.forward``; its padded positions are never attended.
+        first_positions: int64 ``[B]``, position of every text's [CLS].
+    """
+
+    def __init__(self, model, prefix, first_positions):
+        self.model, self.first = model, first_positions.unsqueeze(1)
+        self.layers = [LayerCache() for _ in model.encoder.layers]
+        model(**prefix, caches=self.layers)
+        masks = [prefix[key] for key in ("image_mask", "object_mask") if prefix.get(key) is not None]
+        if prefix.get("text_mask") is not None:
+            masks.append(source_mask(prefix["text_mask"]))
+        self.bias = ((paddle.concat(masks, axis=1) - 1.0) * MASK_BIAS).unsqueeze([1, 2])  # [B, 1, 1, S]
+
+    def step(self, tokens, step):
+        """Logits ``[B, K, V]`` of the next token after feeding ``tokens`` int64 ``[B, K]``, the text's number ``step`` (from 0)."""
+        zeros = paddle.zeros_like(tokens) if self.model.config.dialog else None  # the answer has role 0, turn 0
+        states = self.model.text.embed(tokens, (self.first + step).expand(tokens.shape), zeros, zeros)
+        return self.model.mlm_logits(self.model.encoder.step(states, self.layers, self.bias))
+
+    def select(self, images, parents):
+        """Go on with these samples and beams, see :meth:`LayerCache.select`."""
+        for cache in self.layers:
+            cache.select(images, parents)
+        if images is not None:
+            self.bias, self.first = paddle.index_select(self.bias, images), paddle.index_select(self.first, images)
+
+
+@paddle.no_grad()
+def generate(model, image, start_id, end_id, options, tags=None, word_starts=None):
+    """Caption a batch of pictures, or go on with a batch of source texts, by UNIMO-2.
+
+    Args:
+        model: ``Unimo2Model`` in evaluation mode, with the masked_lm head (and vision for pictures).
+        image: float32 ``[B, S, S, 3]``, normalised; ``None`` to go on with the texts ``tags``.
+        start_id, end_id: [CLS] and the end token, [SEP].
         options: :class:`Decoding`.
-        tags: object tags (input_ids, position_ids, mask), each ``[B, L]``, or ``None``.
+        tags: object tags or source texts (input_ids, position_ids, mask), each ``[B, L]``, or ``None`` for no tags.
         word_starts: bool ``[V]``, which tokens begin a word (``Tokenizer.word_start_table``); needed to block trigrams.
 
     Returns:
-        per image a list of :class:`Hypothesis`, best first: ``beam_size`` of beam search, 1 of greedy, ``samples`` of sampling.
+        per sample a list of :class:`Hypothesis`, best first: ``beam_size`` of beam search, 1 of greedy, ``samples`` of sampling.
 
     Raises:
         UserInputError: the model cannot generate, has too few positions, or ``word_starts`` is missing.
     """
-    _check(model, options, word_starts)
-    cache = PrefixCache(model, model.encode_image(image), tags, options.attend_padded_tags)
+    if image is not None and model.vision is None or "masked_lm" not in model.heads:
+        raise UserInputError("captions need a model with its visual Transformer and the masked_lm head")
+    if image is None and tags is None:
+        raise UserInputError("give pictures to caption, or source texts (tags)")
+    _check(options, word_starts, FIRST_POSITION, model.config.text_max_position_embeddings)
+    cache = PrefixCache(model, None if image is None else model.encode_image(image), tags, options.attend_padded_tags)
+    return _search(cache, len(tags[0] if image is None else image), start_id, end_id, options, word_starts)
+
+
+@paddle.no_grad()
+def generate_from_prefix(model, prefix, start_id, end_id, options, word_starts=None, first_positions=None):
+    """Generate text after a batch of prefixes by UNIMO: captions, summaries, questions, answers.
+
+    Args:
+        model: ``UnimoModel`` in evaluation mode, with the masked_lm head.
+        prefix: arguments of ``UnimoModel.forward``, a dict: regions and object tags, or a source text (with roles and turns).
+        start_id, end_id: [CLS] and the end token ([MASK] in sequence to sequence, [SEP] in captioning).
+        options, word_starts: as in :func:`generate`.
+        first_positions: int64 ``[B]``, position of every text's [CLS]; default 2. With continuous positions training puts it after the
+            source, at its length + 2; the authors' decoder starts at the length itself (golden case v1_44).
+
+    Returns:
+        As :func:`generate`.
+
+    Raises:
+        UserInputError: the model cannot generate, has too few positions, or ``word_starts`` is missing.
+    """
+    if "masked_lm" not in model.heads:
+        raise UserInputError("generating text needs a model with the masked_lm head")
+    size = len(next(value for value in prefix.values() if value is not None))
+    if first_positions is None:
+        first_positions = paddle.full([size], FIRST_POSITION, dtype="int64")
+    _check(options, word_starts, int(first_positions.max()), model.config.max_position_embeddings)
+    return _search(SingleStreamCache(model, prefix, first_positions), size, start_id, end_id, options, word_starts)
+
+
+def _search(cache, size, start_id, end_id, options, word_starts):
+    """Step by step, the hypotheses of ``size`` samples whose prefixes ``cache`` holds; see :func:`generate`."""
     width = {"beam": 1, "greedy": 1, "sample": options.samples}[options.method]
-    active = [[Hypothesis([start_id], [0.0]) for _ in range(width)] for _ in range(image.shape[0])]
+    active = [[Hypothesis([start_id], [0.0]) for _ in range(width)] for _ in range(size)]
     done, numbers = [None] * len(active), list(range(len(active)))
     for step in range(options.max_length):
         tokens = paddle.to_tensor(np.array([[h.ids[-1] for h in beams] for beams in active], dtype="int64"))
-        logits = cache.step(tokens, FIRST_POSITION + step)
+        logits = cache.step(tokens, step)
         if step < options.min_length:
             logits[:, :, end_id] = logits[:, :, end_id] - 1e18
         advance = _beam_step if options.method == "beam" else _single_step
@@ -159,10 +229,8 @@ def generate(model, image, start_id, end_id, options, tags=None, word_starts=Non
     return [sorted(beams, key=lambda h: -h.scores[-1]) for beams in done]
 
 
-def _check(model, options, word_starts):
-    if model.vision is None or "masked_lm" not in model.heads:
-        raise UserInputError("captions need a model with its visual Transformer and the masked_lm head")
-    limit = model.config.text_max_position_embeddings - FIRST_POSITION
+def _check(options, word_starts, first, positions):
+    limit = positions - first
     if options.max_length > limit:
         raise UserInputError(f"max_length {options.max_length}: the model has positions for {limit} tokens; lower max_length")
     if options.block_trigrams and word_starts is None:
