@@ -1,4 +1,4 @@
-"""Two gloo workers compute what one process computes at the same global batch."""
+"""Two and four gloo workers compute what one process computes at the same global batch: data parallel, sharded, resumed."""
 import json
 import os
 import shutil
@@ -16,6 +16,7 @@ from unimo2_paddle.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 TOLERANCE = 1e-5
+STEPS = 20
 
 
 def launch(config, logs, *arguments, workers=2, timeout=300):
@@ -133,3 +134,84 @@ def test_a_batch_that_cannot_be_shared_out_is_explained(tiny_pretrain, tmp_path)
     assert status != 0
     assert "12 samples per micro-batch cannot be shared by 2 workers in groups of 4; use a multiple of 8" in output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tiny_pretrain, tmp_path_factory):
+    """A run of 20 steps over all corpora in one process, and a function that trains it with several workers."""
+    directory = tmp_path_factory.mktemp("equality")
+    values = tiny_pretrain(directory / "one")
+    values["train"].update(steps=STEPS, matching_group=2, accumulate=2)
+    values["mixture"].update(weights={"pairs": 1, "images": 1, "texts": 1}, global_batch={"pairs": 16, "images": 8, "texts": 16})
+    values["optim"]["weight_decay"] = 0.1
+    values["run"].update(save_every=10, keep_last=9)
+    config = directory / "run.yaml"
+    config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    assert main(["train", "-c", str(config)]) == 0
+
+    def train(name, workers, *arguments):
+        status, output = launch(config, directory / f"logs-{name}", "-o", f"run.output={directory / name}", *arguments, workers=workers)
+        assert status == 0, output[-3000:]
+        return directory / name
+
+    train.one, train.directory, train.config = directory / "one", directory, config
+    return train
+
+
+@pytest.fixture(scope="module")
+def sharded(run):
+    """The same run by two workers that share out the optimizer's state."""
+    return run("sharded", 2, "-o", "run.sharding=1", "-o", "run.check_workers_every=5")
+
+
+def same_files(first, second, step=STEPS):
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        one, two = (path / "checkpoints" / f"step-{step:06d}" / name for path in (first, second))
+        assert one.read_bytes() == two.read_bytes(), name
+
+
+def optimizer(path, step=STEPS):
+    return load_file(path / "checkpoints" / f"step-{step:06d}" / "optimizer.safetensors")
+
+
+def test_two_sharded_workers_have_the_losses_and_weights_of_one(run, sharded):
+    corpora = {key.split("/")[0] for record in losses(sharded) for key in record if "/" in key}
+    assert corpora == {"pairs", "images", "texts"}, "so in every step some parameters have no gradient"
+    assert_equal_runs(run.one, sharded)
+
+
+def test_the_saved_optimizer_is_whole_whatever_the_number_of_workers(run, sharded):
+    one, spread = optimizer(run.one), optimizer(sharded)
+    assert {name: array.shape for name, array in one.items()} == {name: array.shape for name, array in spread.items()}
+    assert max(float(abs(one[name] - spread[name]).max()) for name in one) <= TOLERANCE
+
+
+def test_one_process_goes_on_with_the_checkpoint_of_sharded_workers(run, sharded, tmp_path):
+    checkpoint = sharded / "checkpoints" / "step-000010"
+    assert main(["train", "-c", str(run.config), "-o", f"run.output={tmp_path / 'on'}", "--resume", str(checkpoint)]) == 0
+    for name, array in optimizer(tmp_path / "on").items():
+        assert abs(array - optimizer(sharded)[name]).max() <= TOLERANCE
+
+
+def test_sharded_workers_resume_bit_for_bit(run, sharded):
+    copy = run.directory / "resumed"
+    shutil.copytree(sharded, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step-{STEPS:06d}")
+    run("resumed", 2, "-o", "run.sharding=1", "--resume", "auto")
+    same_files(copy, sharded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", [0, 1])
+def test_four_workers_have_the_losses_and_weights_of_one(run, sharding):
+    assert_equal_runs(run.one, run(f"four{sharding}", 4, "-o", f"run.sharding={sharding}", "-o", "run.check_workers_every=20"))
+
+
+@pytest.mark.slow
+def test_two_workers_have_the_losses_and_weights_of_one_over_20_steps(run):
+    assert_equal_runs(run.one, run("two", 2))
+
+
+@pytest.mark.slow
+def test_sharded_workers_recompute_too(run, sharded):
+    assert_equal_runs(sharded, run("recomputed", 2, "-o", "run.sharding=1", "-o", "run.recompute=true"))

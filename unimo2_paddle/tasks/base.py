@@ -3,7 +3,7 @@ import difflib
 import importlib
 import os
 from dataclasses import dataclass, field
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Union
 
 import paddle
 
@@ -148,7 +148,10 @@ def to_tensors(batch):
 
 @dataclass
 class RunSection:
-    """Group ``run``: where the output goes, how often things happen. Steps are optimizer steps."""
+    """Group ``run``: where the output goes, how often things happen, how workers share the load. Steps are optimizer steps.
+
+    The keys of many workers stand here and not in a group of their own: they say how a run is carried out, not what it computes.
+    """
 
     output: str
     seed: int = 1
@@ -159,11 +162,24 @@ class RunSection:
     evaluate_at_end: bool = True
     early_stop: int = 0             # stop after so many evaluations without a better one; 0: never
     progress: bool = True
+    sharding: int = 0               # 1: spread the optimizer's state over the workers; 0: every worker has all of it
+    amp: Union[str, bool] = "off"   # half precision on GPU: off, O1 or O2
+    amp_dtype: str = "bfloat16"     # or float16, with dynamic loss scaling
+    worker_timeout: float = 300.0   # seconds to wait for workers that have not arrived at the start
+    check_workers_every: int = 0    # steps between checks that all workers have the same weights; 0: never
+
+    def __post_init__(self):
+        if self.amp is False:  # YAML reads a bare off as false
+            self.amp = "off"
 
     def problems(self):
         found = [] if self.output else ["output: is empty; give a directory"]
         return found + [f"{key}: must be at least {low}, is {getattr(self, key)}"
-                        for key, low in (("log_every", 1), ("save_every", 0), ("early_stop", 0), ("keep_last", 1), ("seed", 0)) if getattr(self, key) < low]
+                        for key, low in (("log_every", 1), ("save_every", 0), ("early_stop", 0), ("keep_last", 1), ("seed", 0),
+                                         ("check_workers_every", 0), ("worker_timeout", 1)) if getattr(self, key) < low] + [
+                    f"{key}: {getattr(self, key)!r} is not one of {', '.join(map(str, choices))}"
+                    for key, choices in (("sharding", (0, 1, 2, 3)), ("amp", ("off", "O1", "O2")), ("amp_dtype", ("bfloat16", "float16")))
+                    if getattr(self, key) not in choices]
 
 
 @dataclass

@@ -18,6 +18,7 @@ from unimo2_paddle.training import distributed
 from unimo2_paddle.training.averaging import WeightAverage
 from unimo2_paddle.training.logging import RunLog
 from unimo2_paddle.training.optim import build_optimizer
+from unimo2_paddle.training.precision import Precision
 from unimo2_paddle.training.schedule import ScheduleConfig, make_schedule
 
 
@@ -56,7 +57,8 @@ class Trainer:
         self.checkpoints = os.path.join(self.output, "checkpoints")
         self.rate_at = schedule_of(config.optim, task)
         self.resume_path = self._resume_path(resume)
-        self.shard = distributed.start()
+        self.precision = Precision(self.run_config.amp, self.run_config.amp_dtype)
+        self.shard = distributed.start(self.run_config.sharding, self.run_config.worker_timeout)
         self.best, self.stale = None, 0  # stale: judging evaluations since the best one
         self.average = None
         self.evaluators = task.evaluators()
@@ -80,7 +82,9 @@ class Trainer:
         """Train to the last step; returns the final evaluation's metrics."""
         # accumulators get Paddle's running numbers: inside a guard they are the same in every process and every run
         with paddle.utils.unique_name.guard():
-            return self._run()
+            best = self._run()
+        distributed.leave()
+        return best
 
     def _run(self):
         task, optim, run = self.task, self.config.optim, self.run_config
@@ -88,14 +92,19 @@ class Trainer:
         if run.recompute:
             distributed.check_recompute()
             model.set_recompute()
-        layer = distributed.wrap(_LossLayer(task, model), self.shard)
         optimizer = build_optimizer(model.parameters(), optim)
+        self.precision.prepare(model, optimizer)
+        layer = distributed.wrap(_LossLayer(task, model), self.shard)
+        optimizer = distributed.wrap_optimizer(optimizer, self.shard, run.sharding)
+        if self.shard.world_size > 1:
+            self.precision.spread()
         if optim.ema:
             self.average = WeightAverage(model.parameters(), optim.ema)
         total = task.total_steps()
         state = {"step": 0, "data": None, "best": None}
         if self.resume_path:
             state = store.load_checkpoint(self.resume_path, model, optimizer, self.average)
+            self.precision.load_state_dict(state.get("scaler"))
         first, self.best, self.stale = state["step"], state["best"], state.get("stale", 0)
         if first > total:
             raise CheckpointError(f"{self.resume_path} is at step {first}, this run ends at step {total}; give it more steps")
@@ -161,22 +170,21 @@ class Trainer:
             raise TrainingError(f"step {step}: the loss is {terms['loss']} ({', '.join(f'{k} {v:.4g}' for k, v in terms.items())}); "
                                 "lower optim.learning_rate or look at the data of this step")
         optimizer.set_lr(rate)
-        optimizer.step()
-        if self.average is not None:
+        taken = self.precision.step(optimizer)
+        if self.average is not None and taken:
             self.average.update(step)
+        if self.run_config.check_workers_every and (step + 1) % self.run_config.check_workers_every == 0:
+            distributed.check_identical(layer.parameters(), self.shard, step + 1)
         # no gradient rather than a zero one: what a step does not train stays as it is, in a resumed run as in the first
         optimizer.clear_grad(set_to_zero=False)
         log.step(distributed.average(terms, self.shard), samples, reader_cost, time.perf_counter() - start)
 
     def _backward(self, layer, batch, accumulate, last):
         """Forward and backward of one micro-batch; workers exchange gradients only in a step's last one."""
-        if self.shard.world_size > 1 and not last:
-            with layer.no_sync():
+        with contextlib.nullcontext() if last else distributed.without_exchange(layer):
+            with self.precision.forward():
                 losses = layer(batch)
-                (losses["loss"] / accumulate).backward()
-        else:
-            losses = layer(batch)
-            (losses["loss"] / accumulate).backward()
+            self.precision.scaled(losses["loss"] / accumulate).backward()
         return losses
 
     def _due(self, step, at_end):
@@ -234,8 +242,9 @@ class Trainer:
         shutil.rmtree(old, ignore_errors=True)
 
     def _save(self, step, model, optimizer, batches):
+        distributed.collect_state(optimizer)
         if self.shard.rank == 0:
-            state = {"step": step, "data": batches.state_dict(), "best": self.best, "stale": self.stale}
+            state = {"step": step, "data": batches.state_dict(), "best": self.best, "stale": self.stale, "scaler": self.precision.state_dict()}
             store.save_checkpoint(self.checkpoints, step, model, optimizer, state, self.run_config.keep_last, self.average)
             if self.best is None and step == self.task.total_steps():
                 with self._judged_weights():

@@ -1,0 +1,84 @@
+"""The optimizer's state spread over the workers (stage 1 of ZeRO, arXiv 1910.02054) by fleet's ``hybrid_configs``."""
+import paddle
+import paddle.distributed as dist
+
+from unimo2_paddle.errors import UserInputError
+
+_MASTER = "master_weights"  # Paddle's key for the float32 copies of half-precision parameters
+
+
+def check_stage(stage):
+    """Raise ``UserInputError`` for the stages that are not available."""
+    if stage < 2:
+        return
+    where = "here" if paddle.is_compiled_with_cuda() else f"on CPU (Paddle {paddle.__version__} has them on GPU only)"
+    raise UserInputError(f"run.sharding={stage}: sharded gradients and parameters are not available {where}; use run.sharding=1, which spreads the "
+                         "optimizer's state, with run.recompute=true and train.accumulate to save more memory")
+
+
+class ShardedOptimizer:
+    """An optimizer each of whose parameters is updated by one worker, which alone holds its accumulators, and then sent to all others.
+
+    What is not defined here is fleet's: ``step`` averages the gradients first, backward passes exchange nothing.
+
+    Args:
+        optimizer: a Paddle optimizer over all parameters; shard: this worker.
+    """
+
+    def __init__(self, optimizer, shard):
+        from paddle.distributed import fleet
+
+        self._shard, self._whole = shard, None
+        self._fleet = fleet.distributed_optimizer(optimizer)
+        spread = self._fleet._inner_opt
+        average_all = spread.reduce_gradients
+
+        def average_present(parameters, groups):
+            # Paddle 3 gives the others a gradient of zero, and Adam would move what this step does not train
+            average_all(with_gradient(parameters), groups)
+
+        spread.reduce_gradients = average_present
+
+    def __getattr__(self, name):
+        return getattr(self._fleet, name)
+
+    def collect(self):
+        """Bring the whole state to the first worker, whose next :meth:`state_dict` is complete; all workers call this."""
+        own = _flat(self._fleet.state_dict())
+        described = []
+        dist.all_gather_object(described, [(name, list(own[name].shape), str(own[name].dtype).rsplit(".", 1)[-1]) for name in sorted(own)])
+        if self._shard.rank > 0:
+            for name in sorted(own):
+                dist.send(own[name].contiguous(), dst=0)
+            return
+        for rank in range(1, self._shard.world_size):
+            for name, shape, dtype in described[rank]:
+                received = paddle.empty(shape, dtype)
+                dist.recv(received, src=rank)
+                own[name] = received.cpu()
+        self._whole = _nested(own)
+
+    def state_dict(self):
+        """The state that :meth:`collect` brought, once; at other times this worker's own part."""
+        whole, self._whole = self._whole, None
+        return self._fleet.state_dict() if whole is None else whole
+
+
+def with_gradient(parameters):
+    """Those of ``parameters`` that have a gradient on at least one worker; the same list on all workers."""
+    present = paddle.to_tensor([int(p.grad is not None) for p in parameters], dtype="int32")
+    dist.all_reduce(present, op=dist.ReduceOp.MAX)
+    return [p for p, there in zip(parameters, present.tolist()) if there]
+
+
+def _flat(state):
+    """The tensors of an optimizer's state by one name each."""
+    tensors = {name: value for name, value in state.items() if isinstance(value, paddle.Tensor)}
+    return {**tensors, **{(f"{_MASTER}/{name}"): value for name, value in state.get(_MASTER, {}).items()}}
+
+
+def _nested(tensors):
+    """The inverse of :func:`_flat`."""
+    state = {name: value for name, value in tensors.items() if not name.startswith(f"{_MASTER}/")}
+    masters = {name[len(_MASTER) + 1:]: value for name, value in tensors.items() if name.startswith(f"{_MASTER}/")}
+    return {**state, _MASTER: masters} if masters else state
