@@ -76,6 +76,38 @@ def test_a_state_is_plain_data_and_is_not_changed_by_going_on():
     assert steps([resumed], 3) == steps([plan()], 4)[1:]
 
 
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.lists(st.tuples(st.sampled_from([(1, 1), (2, 1), (4, 1), (1, 4), (2, 2)]),
+                                                                               st.integers(0, 9)), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_a_run_moved_between_workers_and_accumulations_reads_every_record_once_per_epoch(lengths, legs):
+    """Also with fewer shards, or records, than workers: workers share the epoch's records, not the shards."""
+    state, read = None, {0: [], 1: []}
+    for (world_size, accumulate), length in legs:
+        plans = [MixturePlan({"pairs": [(1.0, EpochOrder(lengths, 1, 4)), (2.0, EpochOrder([3], 2, 2))]}, {"pairs": 1.0}, {"pairs": 8}, 5,
+                             accumulate, rank, world_size, state) for rank in range(world_size)]
+        for _, slots in steps(plans, length):
+            for _, source, index in slots:
+                read[source].append(index)
+        state = plans[-1].state_dict()
+    for source, total in ((0, sum(lengths)), (1, 3)):
+        for start in range(0, len(read[source]), total):
+            epoch = read[source][start:start + total]
+            assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(total))
+            assert len(epoch) == total or start + total > len(read[source])
+
+
+@pytest.mark.parametrize("change,words", [(([5, 7], 1, 4), "records 11 then and 12 now"), (([5, 6], 9, 4), "seed 1 then and 9 now"),
+                                          (([5, 6], 1, 5), "window 4 then and 5 now"), (([6, 5], 1, 4), "lengths")])
+def test_a_position_in_another_reading_order_is_refused(change, words):
+    def made(order, state=None):
+        return MixturePlan({"pairs": [(1.0, EpochOrder(*order))]}, {"pairs": 1.0}, BATCH, 7, state=state)
+
+    state = made(([5, 6], 1, 4)).state_dict()
+    made(([5, 6], 1, 4), state)
+    with pytest.raises(CheckpointError, match=f"another reading order of pairs source 0 .*{words}.*model.init"):
+        made(change, state)
+
+
 @pytest.mark.parametrize("read", [{"pairs": [1, 2]}, {"pairs": [1], "images": [0], "texts": [0, 0]}, {}])
 def test_a_position_in_other_corpora_is_refused(read):
     with pytest.raises(CheckpointError, match="data position"):
@@ -169,6 +201,13 @@ def test_the_position_ignores_what_was_prefetched(worker_batches):
     rest = taken(batches, 6)
     assert taken(Batches(plan(accumulate=2, state=state), build), 6) == rest
     assert taken(worker_batches(accumulate=2, state=state), 6) == rest
+
+
+def test_a_run_moved_to_another_number_of_worker_processes_goes_on_in_the_same_order(worker_batches):
+    whole = taken(Batches(plan(), build), 12)
+    batches = worker_batches()
+    assert taken(batches, 5) == whole[:5]
+    assert taken(Batches(plan(state=batches.state_dict()), build), 7) == whole[5:]
 
 
 def test_closing_ends_the_worker_processes(worker_batches):

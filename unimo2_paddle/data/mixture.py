@@ -46,7 +46,7 @@ class MixturePlan:
         state: from :meth:`state_dict` of any world size.
 
     Raises:
-        CheckpointError: the state is not of these corpora and sources.
+        CheckpointError: the state is not of these corpora and sources, or their records or reading order are not the same.
     """
 
     def __init__(self, sources, weights, global_batch, seed, accumulate=1, rank=0, world_size=1, state=None):
@@ -61,11 +61,24 @@ class MixturePlan:
         if now != then:
             raise CheckpointError(f"the data position to resume from has the shard sets {then}, the configuration {now}; resume with the "
                                   "corpora of the run, or start a new run from its weights with model.init")
+        self._orders = {c: [order.fingerprint() for _, order in sources[c]] for c in self.corpora}
+        self._check_orders(state.get("orders"))
         self.step, self.read = int(state["step"]), {c: list(counts) for c, counts in state["read"].items()}
 
+    def _check_orders(self, stored):
+        """A count of records read means nothing in another order: some would come twice, others never."""
+        for corpus in self.corpora if stored else ():
+            for number, (now, then) in enumerate(zip(self._orders[corpus], stored[corpus])):
+                if now != then:
+                    changed = ", ".join(f"{key} {then.get(key)} then and {now[key]} now" for key in now if now[key] != then.get(key))
+                    raise CheckpointError(
+                        f"the data position to resume from belongs to another reading order of {corpus} source {number} ({changed}): some "
+                        "records would come twice and others never. Resume with the shards, seed and shuffle window of the run, or start "
+                        "a new run from its weights with model.init")
+
     def state_dict(self):
-        """The position between two steps: the next step and how many records each source has given."""
-        return {"step": self.step, "read": {c: list(counts) for c, counts in self.read.items()}}
+        """The position between two steps: the next step, how many records each source has given, and in which order."""
+        return {"step": self.step, "read": {c: list(counts) for c, counts in self.read.items()}, "orders": self._orders}
 
     def corpus_of(self, step):
         """The corpus of a step."""

@@ -252,8 +252,11 @@ class ShardSet:
 class EpochOrder:
     """In which order an epoch reads the records: a function of (seed, epoch) alone, whatever the number of workers.
 
-    The shards are shuffled, then the records inside windows of ``window`` consecutive records of that sequence, so reading
-    stays nearly sequential. Only a window is ever materialised, whatever the length of the epoch.
+    The shards are shuffled, then the records inside windows of ``window`` consecutive records of that sequence: at any time all
+    workers of all ranks read the same few shards, which the disk or a shard cache serves well, and only a window is ever
+    materialised, whatever the length of the epoch. A permutation of the whole epoch (a Feistel network would need no memory either)
+    would mix better and turn every record into a random read of the whole corpus. So ``window`` should span several shards, and
+    who writes shards should shuffle the records over them.
 
     Args:
         shard_lengths: number of records of every shard, in the order of the set.
@@ -271,6 +274,11 @@ class EpochOrder:
 
     def __len__(self):
         return self._total
+
+    def fingerprint(self):
+        """What the order depends on, as plain values: two orders are the same when their fingerprints are."""
+        return {"records": self._total, "shards": len(self._lengths), "seed": int(self.seed), "window": self.window,
+                "lengths": hashlib.sha256(self._lengths.astype("<i8").tobytes()).hexdigest()[:16]}
 
     def index(self, epoch, position):
         """Returns the record index read at ``position`` (0 .. len-1) of ``epoch``."""
