@@ -12,6 +12,7 @@ from unimo2_paddle.data.collate import PAD_POSITION, flat_positions, pad, text_a
 from unimo2_paddle.data.images import Augmentation, augment_image, decode_image
 from unimo2_paddle.data.masking import mask_spans, sequence_fragments
 from unimo2_paddle.data.mixture import CORPORA, ORDER_DRAW, STEP_DRAW, generator
+from unimo2_paddle.data.remote_shards import ShardCache, is_remote
 from unimo2_paddle.data.shards import EpochOrder, ShardSet
 from unimo2_paddle.data.workers import note, process_number
 from unimo2_paddle.errors import DataError
@@ -42,6 +43,9 @@ class PretrainData:
     max_text_len: int = 128
     shuffle_window: int = 10000
     cache_dir: str = ""             # where shard indices are kept between runs; empty: in memory only
+    allow_pipe: bool = False        # whether shards may be commands, "pipe:aws s3 cp s3://bucket/{000..099}.tar -"
+    shard_cache: str = ""           # directory for copies of shards that commands fetch, one per machine
+    shard_cache_gb: float = 100.0   # how large it may grow
     num_workers: int = 0
     max_bad_ratio: float = 0.01
     pair_augmentation: Augmentation = field(default_factory=Augmentation)
@@ -52,15 +56,27 @@ class PretrainData:
                     for key, low in (("max_text_len", 3), ("shuffle_window", 1), ("num_workers", 0)) if getattr(self, key) < low]
         if not 0 <= self.max_bad_ratio <= 1:
             problems.append(f"max_bad_ratio: must be between 0 and 1, is {self.max_bad_ratio}")
+        for corpus in CORPORA:
+            for number, source in enumerate(getattr(self, corpus)):
+                shards = [source.shards] if isinstance(source.shards, str) else source.shards
+                pipes = [shard for shard in shards if is_remote(shard)]
+                if pipes and not self.allow_pipe:
+                    problems.append(f"{corpus}[{number}].shards: {pipes[0]!r} runs a shell command, which is off by default; set "
+                                    "data.allow_pipe: true if you trust this configuration")
+                elif pipes and not self.shard_cache:
+                    problems.append(f"shard_cache: is required because {corpus}[{number}].shards are fetched by commands")
+        if self.shard_cache_gb <= 0:
+            problems.append(f"shard_cache_gb: must be above 0, is {self.shard_cache_gb}")
         return problems
 
 
-def open_sources(data, corpora, seed, bad_records, list_bad=True):
+def open_sources(data, corpora, seed, bad_records, list_bad=True, turn=(0, 1)):
     """Open the shards of the corpora in use.
 
     Args:
         data: ``PretrainData``; corpora: names of those in use; seed: of their reading orders.
         bad_records: ``BadRecords``; learns what indexing leaves out, and with ``list_bad`` (one worker only) writes it down.
+        turn: see ``ShardSet``.
 
     Returns:
         readers: corpus -> list of ``ShardSet``; orders: corpus -> list of (weight, ``EpochOrder``).
@@ -68,11 +84,15 @@ def open_sources(data, corpora, seed, bad_records, list_bad=True):
     Raises:
         DataError: no shard matches, a shard is empty or broken (see ``ShardSet``), or too many of its records are bad.
     """
-    readers, orders = {}, {}
+    readers, orders, remote, indices = {}, {}, None, data.cache_dir
+    if data.allow_pipe and data.shard_cache:
+        remote = ShardCache(os.path.abspath(data.shard_cache), int(data.shard_cache_gb * 1e9))
+        indices = indices or os.path.join(data.shard_cache, "index")  # without them every run would begin by fetching all shards
     for corpus in corpora:
         readers[corpus], orders[corpus] = [], []
         for number, source in enumerate(getattr(data, corpus)):
-            reader = ShardSet(source.shards, corpus, cache_dir=data.cache_dir or None, bad_record=bad_records.write if list_bad else None)
+            reader = ShardSet(source.shards, corpus, cache_dir=indices or None, bad_record=bad_records.write if list_bad else None,
+                              remote=remote, turn=turn)
             bad_records.check(reader.bad_records, reader.bad_records + len(reader), f"records of data.{corpus}[{number}]")
             order_seed = generator(seed, ORDER_DRAW, CORPORA.index(corpus), number).integers(1 << 62)
             readers[corpus].append(reader)

@@ -19,6 +19,7 @@ from typing import List, Optional
 
 import numpy as np
 
+from unimo2_paddle.data.remote_shards import is_remote
 from unimo2_paddle.data.tar_members import tar_members
 from unimo2_paddle.errors import DataError
 
@@ -146,39 +147,43 @@ class ShardSet:
     be forked and pickled: every process opens its own files, and only a bounded number of them.
 
     Args:
-        paths: tar paths or patterns (``*``, ``?``, ``{00000..00331}``, ``{a,b}``), one or a list. A shard that is
-            named twice counts once.
+        paths: tar paths or patterns (``*``, ``?``, ``{00000..00331}``, ``{a,b}``), one or a list, or with ``remote`` commands
+            ``pipe:COMMAND`` (with ``{...}`` patterns). A shard that is named twice counts once.
         kind: "pairs" (picture and text), "images" (texts are ignored) or "texts" (pictures are ignored).
         cache_dir: directory for the indices, or None.
         bad_record: called as ``bad_record(shard, key, reason)`` for every record that is left out because a member is missing,
             empty, doubled, unsafely named, not a regular file or too large. What only shows in the content (undecodable
             text, JSON without a caption) raises DataError in ``read``.
         max_member_bytes: largest member that is accepted.
+        remote: ``ShardCache`` for shards that commands fetch, or None.
+        turn: (rank, workers) of workers that open the same shards at the same time: with ``cache_dir`` each begins elsewhere and
+            finds what the others have indexed, so that they share the work.
 
     Raises:
-        DataError: nothing matches, or a shard is empty, truncated, broken or without one usable record.
+        DataError: nothing matches, a shard cannot be fetched, or is empty, truncated, broken or without one usable record.
     """
 
-    def __init__(self, paths, kind, cache_dir=None, bad_record=None, max_member_bytes=64 << 20):
+    def __init__(self, paths, kind, cache_dir=None, bad_record=None, max_member_bytes=64 << 20, remote=None, turn=(0, 1)):
         if kind not in KINDS:
             raise DataError(f"unknown kind of shards {kind!r}: use one of {', '.join(KINDS)}")
         self.kind, self.cache_dir, self.max_member_bytes = kind, cache_dir, max_member_bytes
-        self.paths = expand_shards(paths)
+        self.remote, self.paths = remote, expand_shards(paths, remote is not None)
         if cache_dir is not None:
             try:
                 os.makedirs(cache_dir, exist_ok=True)
             except OSError as error:
                 raise DataError(f"{cache_dir}: cannot hold the shard indices: {error.strerror}") from None
-        self._identities = [_identity(path) for path in self.paths]
-        self._tables = OrderedDict()
-        self.shard_lengths, self.bad_records = [], 0
-        for number, path in enumerate(self.paths):
+        self._identities = [remote.identity(path) if is_remote(path) else _identity(path) for path in self.paths]
+        self._tables, counts = OrderedDict(), {}
+        first = len(self.paths) * turn[0] // turn[1]
+        for number in (*range(first, len(self.paths)), *range(first)):
             table = self._table(number)
-            self.shard_lengths.append(len(table))
-            self.bad_records += len(table.bad)
-            if bad_record is not None:
-                for key, reason in table.bad:
-                    bad_record(path, key, reason)
+            counts[number] = len(table), table.bad
+        self.shard_lengths = [counts[number][0] for number in range(len(counts))]
+        self.bad_records = sum(len(bad) for _, bad in counts.values())
+        for number, path in enumerate(self.paths if bad_record is not None else ()):
+            for key, reason in counts[number][1]:
+                bad_record(path, key, reason)
         self._starts = [0] + np.cumsum(self.shard_lengths).tolist()
 
     def __len__(self):
@@ -217,11 +222,19 @@ class ShardSet:
         return shard, index - self._starts[shard]
 
     def _bytes(self, shard, key, offset, size):
-        handle = _open_shard(os.getpid(), self.paths[shard], self._identities[shard])
+        handle = self._open(shard)
         data = os.pread(handle.descriptor, int(size), int(offset))
         if len(data) != size:
             raise DataError(f"{self.paths[shard]}, record {key}: shortened since it was indexed")
         return data
+
+    def _open(self, shard):
+        path = self.paths[shard]
+        if is_remote(path):
+            handle = self.remote.open(path)
+            self._identities[shard] = self._identities[shard] or self.remote.identity(path)
+            return handle
+        return _open_shard(os.getpid(), path, self._identities[shard])
 
     def _table(self, shard):
         table = self._tables.pop(shard, None)
@@ -231,15 +244,19 @@ class ShardSet:
         return table
 
     def _load_table(self, shard):
-        path, identity, cache = self.paths[shard], self._identities[shard], None
+        path, handle, cache = self.paths[shard], None, None
+        if self._identities[shard] is None:
+            handle = self._open(shard)  # remote and never fetched
+        identity = self._identities[shard]
         if self.cache_dir is not None:
-            what = repr((_INDEX_VERSION, os.path.abspath(path), identity, self.kind, self.max_member_bytes))
-            name = f"{os.path.basename(path)}.{hashlib.sha256(what.encode('utf-8', 'replace')).hexdigest()[:20]}.npz"
-            cache = os.path.join(self.cache_dir, name)
+            place = path if is_remote(path) else os.path.abspath(path)
+            what = repr((_INDEX_VERSION, place, identity, self.kind, self.max_member_bytes))
+            name = "remote" if is_remote(path) else os.path.basename(path)
+            cache = os.path.join(self.cache_dir, f"{name}.{hashlib.sha256(what.encode('utf-8', 'replace')).hexdigest()[:20]}.npz")
             table = _Table.load(cache)
             if table is not None:
                 return table
-        handle = _open_shard(os.getpid(), path, identity)
+        handle = handle or self._open(shard)
         table = _index(tar_members(handle.descriptor, identity[0], path), self.kind, self.max_member_bytes)
         if not len(table):
             reasons = "; ".join(f"{key}: {reason}" for key, reason in table.bad[:3])
@@ -305,15 +322,16 @@ class EpochOrder:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence(self.seed, spawn_key=(epoch, part))))
 
 
-def expand_shards(patterns):
+def expand_shards(patterns, allow_pipe=False):
     """Turns paths and patterns into the list of existing shard paths.
 
     Args:
         patterns: a path or pattern, or a list of them; ``{00000..00331}`` counts with leading zeros, ``{a,b}`` lists, then
             ``*``, ``?`` and ``[...]`` match files.
+        allow_pipe: whether ``pipe:COMMAND`` may stand for a shard; its ``{...}`` are expanded too.
 
     Raises:
-        DataError: a pattern matches nothing or a named file does not exist.
+        DataError: a pattern matches nothing, a named file does not exist, or a command is not allowed.
     """
     patterns = [patterns] if isinstance(patterns, (str, os.PathLike)) else list(patterns)
     if not patterns:
@@ -321,6 +339,12 @@ def expand_shards(patterns):
     found = OrderedDict()
     for pattern in map(os.fspath, patterns):
         missing = []
+        if is_remote(pattern):
+            if not allow_pipe:
+                raise DataError(f"{pattern}: runs a shell command, which is off by default; set data.allow_pipe: true (and data.shard_cache) "
+                                "if you trust where it comes from")
+            found.update(dict.fromkeys(_expand_braces(pattern, pattern)))
+            continue
         for path in [pattern] if os.path.exists(pattern) else _expand_braces(pattern, pattern):
             if os.path.isfile(path):
                 found[path] = None

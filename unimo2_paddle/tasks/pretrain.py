@@ -188,7 +188,8 @@ class PretrainTask(Task):
         active = [c for c in CORPORA if mixture.weights.get(c, 0) > 0]
         name = f"bad_records.{shard.rank}.jsonl" if shard.rank else "bad_records.jsonl"
         bad_records = BadRecords(os.path.join(config.run.output, name), config.data.max_bad_ratio)
-        readers, orders = open_sources(config.data, active, config.run.seed, bad_records, list_bad=shard.rank == 0)
+        readers, orders = open_sources(config.data, active, config.run.seed, bad_records, list_bad=shard.rank == 0,
+                                       turn=(shard.rank, shard.world_size))
         plan = MixturePlan(orders, mixture.weights, mixture.global_batch, config.run.seed, train.accumulate, shard.rank, shard.world_size, state)
         builder = PretrainBatchBuilder(
             config.data, readers, self.tokenizer, self.model_config, seed=config.run.seed, mask_ratio=train.mask_ratio,
