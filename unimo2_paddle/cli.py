@@ -51,6 +51,12 @@ def _init(args):
                      roberta_vocab=args.roberta_vocab, vocab_file=args.vocab, encoder_json=args.encoder_json))
 
 
+def _status(args):
+    from unimo2_paddle.training.status import show_status
+
+    show_status(args.run, args.watch)
+
+
 def _demo_data(args):
     from unimo2_paddle.data.demo import write_demo_data
 
@@ -97,6 +103,10 @@ def build_parser():
     add_predict_arguments(command("predict", _predict, "Predict from a checkpoint directory: pictures, texts or both in, JSON lines out."))
     sub = command("validate", _validate, "Check a run configuration and print it resolved, or every error at once.")
     _add_config_arguments(sub)
+
+    sub = command("status", _status, "Show what a run is doing: progress, losses, speed, checkpoint, whether it is alive.")
+    sub.add_argument("run", metavar="OUTPUT", help="output directory of the run, for example output/demo/pretrain")
+    sub.add_argument("--watch", type=float, default=0.0, metavar="SECONDS", help="show it again every so many seconds until the run ends; default: once")
 
     sub = command("convert", _convert, "Convert a checkpoint between the authors' directories, safetensors and pdparams.")
     sub.add_argument("--from", dest="source", required=True, metavar="PATH", help="checkpoint directory or file to read")

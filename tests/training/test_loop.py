@@ -13,7 +13,7 @@ from unimo2_paddle.data.shards import ShardWriter
 from unimo2_paddle.training.loop import step_seed
 
 LINE = re.compile(r"epoch \d+, step \d+/\d+, (?:[\w/]+: -?[\d.]+, )+lr: [\d.e+-]+, batch_cost: [\d.]+ s, reader_cost: [\d.]+ s, "
-                  r"ips: [\d.]+ samples/s, eta: \d+:\d\d:\d\d$")
+                  r"ips: [\d.]+ samples/s, eta: \d+:\d\d:\d\d(?:, tokens/s: \d+)?, memory: \d+ MB(?:, mfu: [\d.]+ %)?$")
 DROPOUT = {f"model.{prefix}{kind}_dropout_prob": 0.1 for prefix in ("", "text_", "vit_") for kind in ("hidden", "attention_probs")}
 
 

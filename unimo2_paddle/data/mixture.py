@@ -1,6 +1,6 @@
 """Which records every step reads: corpora drawn by counter-based generators, so that all workers agree and resuming is exact."""
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, List, Tuple
 
 import numpy as np
@@ -26,6 +26,7 @@ class Draw:
     corpus: str
     slots: List[Tuple[int, int, int]]  # (slot in the step's global batch, source, record index)
     size: int                          # samples of the whole global micro-batch
+    keys: List[str] = field(default_factory=list)  # names of the records that were read for it, once it is built
 
     def record_generator(self, seed, slot):
         """The generator for everything random about one sample (caption choice, masks, augmentation)."""
@@ -79,6 +80,11 @@ class MixturePlan:
     def state_dict(self):
         """The position between two steps: the next step, how many records each source has given, and in which order."""
         return {"step": self.step, "read": {c: list(counts) for c, counts in self.read.items()}, "orders": self._orders}
+
+    def epochs(self, state):
+        """How often each corpus has been read at a position from :meth:`state_dict`, ``{corpus: epochs}``."""
+        sizes = {c: sum(len(order) for _, order in self.sources[c]) for c in self.corpora}
+        return {c: sum(state["read"][c]) / sizes[c] for c in self.corpora}
 
     def corpus_of(self, step):
         """The corpus of a step."""
@@ -137,6 +143,10 @@ class Batches:
     def state_dict(self) -> Dict[str, Any]:
         """Where a resumed run goes on."""
         return self._state
+
+    def epochs(self):
+        """How often each corpus has been read by the steps taken out, ``{corpus: epochs}``."""
+        return self.plan.epochs(self._state)
 
     def close(self):
         """End the worker processes, if there are any."""

@@ -180,7 +180,8 @@ class BadRecords:
 class PretrainBatchBuilder:
     """Builds the batch of a ``Draw``: reads, decodes, tokenises, masks. A function of the draw alone (and safe in worker processes).
 
-    Batches are dicts of numpy arrays (images uint8) with the corpus name under ``"corpus"``; see the ``_..._batch`` methods for keys.
+    Batches are dicts of numpy arrays (images uint8) with the corpus name under ``"corpus"`` and the records as ``shard:key`` under
+    ``"keys"``; see the ``_..._batch`` methods for the arrays.
 
     Args:
         data: ``PretrainData``; readers: from :func:`open_sources`; tokenizer: ``Tokenizer``; model_config: ``Unimo2Config``.
@@ -199,11 +200,12 @@ class PretrainBatchBuilder:
 
     def __call__(self, draw):
         build = {"pairs": self._pair_batch, "images": self._image_batch, "texts": self._text_batch}[draw.corpus]
-        return {"corpus": draw.corpus, "samples": draw.size, **build(draw)}
+        arrays = build(draw)
+        return {"corpus": draw.corpus, "samples": draw.size, "keys": draw.keys, **arrays}
 
     def _samples(self, draw, make):
         """``make(record, rng)`` for every slot; a bad record is replaced by another one, first from the same shard."""
-        samples = []
+        samples, draw.keys = [], []
         for slot, source, index in draw.slots:
             rng = draw.record_generator(self.seed, slot)
             reader = self.readers[draw.corpus][source]
@@ -213,6 +215,7 @@ class PretrainBatchBuilder:
                 note(f"{shard}, record {key}")
                 try:
                     samples.append(make(reader.read(index), rng))
+                    draw.keys.append(f"{shard}:{key}")
                     break
                 except DataError as error:
                     self.bad_records.note(shard, key, error)

@@ -162,6 +162,9 @@ class RunSection:
     evaluate_at_end: bool = True
     early_stop: int = 0             # stop after so many evaluations without a better one; 0: never
     progress: bool = True
+    skip_bad_steps: int = 0         # so many steps whose loss or gradient is not finite are left out before the run stops
+    trial_save: bool = True         # write and read back a checkpoint before training starts
+    profile: List[int] = field(default_factory=list)  # first and last step that Paddle's profiler looks at, for example [10, 20]
     sharding: int = 0               # 1: spread the optimizer's state over the workers; 0: every worker has all of it
     amp: Union[str, bool] = "off"   # half precision on GPU: off, O1 or O2
     amp_dtype: str = "bfloat16"     # or float16, with dynamic loss scaling
@@ -174,9 +177,11 @@ class RunSection:
 
     def problems(self):
         found = [] if self.output else ["output: is empty; give a directory"]
+        if self.profile and not (len(self.profile) == 2 and 1 <= self.profile[0] <= self.profile[1]):
+            found.append(f"profile: must be the first and the last step, for example [10, 20], is {self.profile}")
         return found + [f"{key}: must be at least {low}, is {getattr(self, key)}"
                         for key, low in (("log_every", 1), ("save_every", 0), ("early_stop", 0), ("keep_last", 1), ("seed", 0),
-                                         ("check_workers_every", 0), ("worker_timeout", 1)) if getattr(self, key) < low] + [
+                                         ("check_workers_every", 0), ("worker_timeout", 1), ("skip_bad_steps", 0)) if getattr(self, key) < low] + [
                     f"{key}: {getattr(self, key)!r} is not one of {', '.join(map(str, choices))}"
                     for key, choices in (("sharding", (0, 1, 2, 3)), ("amp", ("off", "O1", "O2")), ("amp_dtype", ("bfloat16", "float16")))
                     if getattr(self, key) not in choices]
@@ -220,8 +225,24 @@ class Task:
         """Optimizer steps of one pass over the data (for schedules given in epochs)."""
         return self.total_steps()
 
+    def epochs(self, step, batches):
+        """Passes over the data after ``step`` steps, for the log: ``{"epoch": float}``, more keys where there are several corpora."""
+        return {"epoch": step / self.steps_per_epoch()}
+
+    def step_kinds(self):
+        """Names of the kinds of steps (``batch["corpus"]``), each of which may train other parameters."""
+        return [""]
+
+    def work(self, batch):
+        """(tokens, floating-point operations of forward and backward) of a batch, for the log; 0 where they are not known."""
+        return 0, 0.0
+
     def train_batches(self, shard, state=None):
-        """Endless ``Batches`` of this shard (``next()``, ``state_dict()``), continued from ``state``."""
+        """Endless ``Batches`` of this shard (``next()``, ``state_dict()``, ``close()``), continued from ``state``.
+
+        A batch is a dict of arrays with ``samples`` (of all workers), and for what a run reports about itself ``corpus`` (the kind of
+        step) and ``keys`` (names of its records).
+        """
         raise NotImplementedError
 
     def loss(self, model, batch):

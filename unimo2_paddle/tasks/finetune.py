@@ -132,7 +132,8 @@ class _Builder:
         for slot, _, index in draw.slots:
             note(f"training sample {index}")
             samples.append(self.data.sample(index, draw.record_generator(self.seed, slot)))
-        return {"samples": draw.size, **self.collate(samples)}
+        # the number of a record in its split names it in every format
+        return {"samples": draw.size, "keys": [f"train[{index}]" for _, _, index in draw.slots], **self.collate(samples)}
 
 
 def copy_vocabulary(source, target):

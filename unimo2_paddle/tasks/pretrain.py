@@ -175,6 +175,15 @@ class PretrainTask(Task):
     def total_steps(self):
         return self.config.train.steps
 
+    def step_kinds(self):
+        return [c for c in CORPORA if self.config.mixture.weights.get(c, 0) > 0]
+
+    def epochs(self, step, batches):
+        """Passes over every corpus; ``epoch`` is that of the corpus most steps belong to."""
+        read, weights = batches.epochs(), self.config.mixture.weights
+        main = max(read, key=lambda corpus: weights[corpus])
+        return {"epoch": read[main], **{f"epoch_{corpus}": value for corpus, value in read.items()}}
+
     def build_model(self):
         return build_unimo2(self.config.model, self.config.run.seed, self.model_config)
 

@@ -12,14 +12,19 @@ from paddle import nn
 from unimo2_paddle.checkpoints import store
 from unimo2_paddle.checkpoints.pretrained import save_pretrained
 from unimo2_paddle.config import load_run_config
-from unimo2_paddle.errors import CheckpointError, TrainingError, UserInputError
+from unimo2_paddle.errors import CheckpointError, UserInputError
 from unimo2_paddle.tasks.base import task_class, to_tensors
 from unimo2_paddle.training import distributed
 from unimo2_paddle.training.averaging import WeightAverage
 from unimo2_paddle.training.logging import RunLog
 from unimo2_paddle.training.optim import build_optimizer
 from unimo2_paddle.training.precision import Precision
+from unimo2_paddle.training.profiling import StepProfiler
+from unimo2_paddle.training.sanity import BadSteps, GradientCoverage, StepWitness, global_norm, gradient_norms, trial_save
 from unimo2_paddle.training.schedule import ScheduleConfig, make_schedule
+from unimo2_paddle.training.signals import StopSignals
+from unimo2_paddle.training.status import Heartbeat
+from unimo2_paddle.training.throughput import matmul_ceiling
 
 
 class _LossLayer(nn.Layer):
@@ -49,17 +54,24 @@ def schedule_of(optim, task):
 
 
 class Trainer:
-    """One training run in its output directory."""
+    """One training run in its output directory.
+
+    Attributes:
+        best: the best judged step so far, or ``None``; stopped: the signal that ended the run early, or ``None``; done: steps taken.
+    """
 
     def __init__(self, task, config, resume="none"):
         self.task, self.config, self.run_config = task, config, config.run
         self.output = config.run.output
         self.checkpoints = os.path.join(self.output, "checkpoints")
         self.rate_at = schedule_of(config.optim, task)
+        self.total = task.total_steps()
         self.resume_path = self._resume_path(resume)
         self.precision = Precision(self.run_config.amp, self.run_config.amp_dtype)
         self.shard = distributed.start(self.run_config.sharding, self.run_config.worker_timeout)
+        self.first_worker = self.shard.rank == 0
         self.best, self.stale = None, 0  # stale: judging evaluations since the best one
+        self.stopped, self.done = None, 0
         self.average = None
         self.evaluators = task.evaluators()
 
@@ -87,124 +99,201 @@ class Trainer:
         return best
 
     def _run(self):
-        task, optim, run = self.task, self.config.optim, self.run_config
-        model = task.build_model()
+        state, run = self._build(), self.run_config
+        self.done, self.best, self.stale = state["step"], state["best"], state.get("stale", 0)
+        if self.done > self.total:
+            raise CheckpointError(f"{self.resume_path} is at step {self.done}, this run ends at step {self.total}; give it more steps")
+        self.bad = BadSteps(os.path.join(self.output, "bad_steps"), run.skip_bad_steps, state.get("bad_steps", 0), self.shard.rank)
+        self.coverage = GradientCoverage(self.parameters, self.task.step_kinds())
+        with contextlib.ExitStack() as exits:
+            self.batches = self.task.train_batches(self.shard, state["data"])
+            exits.callback(self.batches.close)
+            warning = self._start_output()
+            ceiling = matmul_ceiling() if self.first_worker else 0.0
+            self.log = RunLog(self.output, self.first_worker, self.total, self.done, run.progress, ceiling)
+            exits.callback(self.log.close)
+            self.status = exits.enter_context(Heartbeat(self.output, self.first_worker, task=self.config.task, workers=self.shard.world_size,
+                                                        total_steps=self.total, step=self.done, best=self.best, bad_steps=self.bad.count))
+            self._announce(warning)
+            self.profiler = exits.enter_context(StepProfiler(run.profile, self.output, self.first_worker))
+            self.signals = exits.enter_context(StopSignals())
+            self._train(state.get("unjudged", False))
+        return self.best
+
+    def _build(self):
+        """Model, optimizer and average, continued from the checkpoint to resume; returns its state."""
+        run, optim = self.run_config, self.config.optim
+        self.model = self.task.build_model()
         if run.recompute:
             distributed.check_recompute()
-            model.set_recompute()
-        optimizer = build_optimizer(model.parameters(), optim)
-        self.precision.prepare(model, optimizer)
-        layer = distributed.wrap(_LossLayer(task, model), self.shard)
-        optimizer = distributed.wrap_optimizer(optimizer, self.shard, run.sharding)
+            self.model.set_recompute()
+        self.parameters = self.model.parameters()
+        self.optimizer = build_optimizer(self.parameters, optim)
+        self.precision.prepare(self.model, self.optimizer)
+        self.layer = distributed.wrap(_LossLayer(self.task, self.model), self.shard)
+        self.optimizer = distributed.wrap_optimizer(self.optimizer, self.shard, run.sharding)
         if self.shard.world_size > 1:
             self.precision.spread()
         if optim.ema:
-            self.average = WeightAverage(model.parameters(), optim.ema)
-        total = task.total_steps()
-        state = {"step": 0, "data": None, "best": None}
+            self.average = WeightAverage(self.parameters, optim.ema)
         if self.resume_path:
-            state = store.load_checkpoint(self.resume_path, model, optimizer, self.average)
+            state = store.load_checkpoint(self.resume_path, self.model, self.optimizer, self.average)
             self.precision.load_state_dict(state.get("scaler"))
-        first, self.best, self.stale = state["step"], state["best"], state.get("stale", 0)
-        if first > total:
-            raise CheckpointError(f"{self.resume_path} is at step {first}, this run ends at step {total}; give it more steps")
-        batches = task.train_batches(self.shard, state["data"])
-        self._start_output()
-        log = RunLog(self.output, self.shard.rank == 0, total, task.steps_per_epoch(), first, run.progress)
-        try:
-            self._announce(log, model, first, total)
-            for step in range(first, total):
-                self._step(step, layer, optimizer, batches, self.rate_at(step), log)
-                done = step + 1
-                if done % run.log_every == 0 or done == total:
-                    log.flush(done, self.rate_at(step))
-                last = done == total
-                due = self._due(done, last and run.evaluate_at_end)
-                if due:
-                    with self._judged_weights():
-                        if self._evaluate(done, due, model, log):
-                            self._save_best(model)
-                if run.early_stop and distributed.from_first(self.stale, self.shard) >= run.early_stop and not last:
-                    log.write(f"step {done}: stopped early, {run.early_stop} evaluations without a better {task.selection}")
-                    self._save(done, model, optimizer, batches)
-                    break
-                if last or (run.save_every and done % run.save_every == 0):
-                    self._save(done, model, optimizer, batches)
-            return self.best
-        finally:
-            batches.close()
-            log.close()
+            return state
+        return {"step": 0, "data": None, "best": None}
 
     def _start_output(self):
-        if self.shard.rank == 0:
+        """Make the output directory, try to save into it, write ``config.yaml``; returns a warning or ``None``."""
+        warning = None
+        if self.first_worker:
             path = os.path.join(self.output, "config.yaml")
             try:
                 os.makedirs(self.output, exist_ok=True)
                 with open(path + ".tmp", "w", encoding="utf-8") as file:
                     file.write(self.config.to_yaml())
-                os.replace(path + ".tmp", path)
             except OSError as error:
                 raise UserInputError(f"run.output {self.output} cannot be written: {error.strerror}; give another directory") from None
+        # a run that goes on has saved before; loaded accumulators cannot be written before the optimizer's first step has made them its own
+        if self.run_config.trial_save and not self.resume_path:
+            warning = trial_save(self.output, lambda directory: self._write_checkpoint(directory, 0), self.model, self.task.save_assets,
+                                 self.first_worker)
+        if self.first_worker:
+            os.replace(path + ".tmp", path)
         distributed.barrier(self.shard)
+        return warning
 
-    def _announce(self, log, model, first, total):
-        count = sum(p.size for p in model.parameters())
-        log.write(f"{self.config.task}: {int(count):,} parameters, {self.shard.world_size} worker(s), steps {first} to {total}, output {self.output}")
+    def _announce(self, warning):
+        count = sum(p.size for p in self.parameters)
+        self.log.write(f"{self.config.task}: {int(count):,} parameters, {self.shard.world_size} worker(s), steps {self.done} to {self.total}, "
+                       f"output {self.output}")
         if self.resume_path:
-            log.write(f"resumed from {self.resume_path}")
+            self.log.write(f"resumed from {self.resume_path}")
+        if warning:
+            self.log.write(warning)
 
-    def _step(self, step, layer, optimizer, batches, rate, log):
-        accumulate = getattr(self.config.train, "accumulate", 1)
-        layer.train()
-        terms, samples, reader_cost, start = {}, 0, 0.0, time.perf_counter()
+    def _train(self, unjudged):
+        """All steps that are left. ``unjudged``: the run was stopped before the evaluation that was due at its last step."""
+        run = self.run_config
+        self.status.tell(state="running")
+        if unjudged:
+            self._judge()
+            self._save()
+        while self.done < self.total and not self._stale_enough():
+            self.profiler.step(self.done + 1)
+            stop = self._step()
+            self.done += 1
+            self._tell(self.profiler.end(self.done))
+            last = self.done == self.total
+            if self.done % run.log_every == 0 or last or stop:
+                self._flush()
+            self.status.beat(step=self.done, bad_steps=self.bad.count)
+            due = bool(self._due())
+            if due and not stop:
+                self._judge()
+            if last or stop or self._stale_enough() or (run.save_every and self.done % run.save_every == 0):
+                self._save(unjudged=due and stop)
+            if stop:
+                self.stopped = self.signals.received or "another worker's signal"
+                self.log.write(f"{self.stopped}: stopped after step {self.done} of {self.total}, saved; resume with --resume auto")
+                self.status.tell(state="stopped", step=self.done)
+                return
+
+    def _tell(self, text):
+        """Write a line for people, if there is one."""
+        if text:
+            self.log.write(text)
+
+    def _flush(self):
+        rate = self.rate_at(self.done - 1)
+        epochs = self.task.epochs(self.done, self.batches)
+        costs = self.log.flush(self.done, rate, epochs)
+        self.status.beat(step=self.done, epoch=epochs["epoch"], lr=rate, **costs)
+
+    def _step(self):
+        """One optimizer step; one whose loss or gradients are not finite changes nothing. Returns whether the run has to stop after it."""
+        step, accumulate = self.done, getattr(self.config.train, "accumulate", 1)
+        self.layer.train()
+        terms, samples, work, reader_cost, start = {}, 0, np.zeros(2), 0.0, time.perf_counter()
+        witness = StepWitness()
         for micro in range(accumulate):
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = next(self.batches)
             reader_cost += time.perf_counter() - waiting
             samples += batch["samples"]
+            work += self.task.work(batch)
             paddle.seed(step_seed(self.run_config.seed, step, micro, self.shard.rank))
-            losses = self._backward(layer, to_tensors(batch), accumulate, last=micro == accumulate - 1)
+            losses = self._backward(to_tensors(batch), accumulate, last=micro == accumulate - 1)
+            losses = {name: float(value) for name, value in losses.items()}
+            witness.take(batch, losses)
             for name, value in losses.items():
-                terms[name] = terms.get(name, 0.0) + float(value) / accumulate
-        if not math.isfinite(terms["loss"]):
-            raise TrainingError(f"step {step}: the loss is {terms['loss']} ({', '.join(f'{k} {v:.4g}' for k, v in terms.items())}); "
-                                "lower optim.learning_rate or look at the data of this step")
-        optimizer.set_lr(rate)
-        taken = self.precision.step(optimizer)
+                terms[name] = terms.get(name, 0.0) + value / accumulate
+        norms = gradient_norms(self.parameters, self.precision.scale())
+        # under dynamic loss scaling overflowing gradients are no accident: the scaler leaves such a step out and lowers the scale
+        overflow = not math.isfinite(sum(norms.values())) and self.precision.scaler is None
+        # one reduction carries everything that all workers must see alike, so that they decide alike
+        shared = distributed.average({**terms, "_bad": float(overflow), "_tokens": work[0],
+                                      "_stop": float(self.signals.received is not None)}, self.shard)
+        bad, tokens, stop = (shared.pop(name) for name in ("_bad", "_tokens", "_stop"))
+        if bad or not math.isfinite(shared["loss"]):
+            self.log.write(self.bad.note(step, shared, norms, witness))
+            self.optimizer.clear_grad(set_to_zero=False)
+            self.log.skip()
+            return stop > 0
+        self.optimizer.set_lr(self.rate_at(step))
+        taken = self.precision.step(self.optimizer)
         if self.average is not None and taken:
             self.average.update(step)
         if self.run_config.check_workers_every and (step + 1) % self.run_config.check_workers_every == 0:
-            distributed.check_identical(layer.parameters(), self.shard, step + 1)
+            distributed.check_identical(self.parameters, self.shard, step + 1)
         # no gradient rather than a zero one: what a step does not train stays as it is, in a resumed run as in the first
-        optimizer.clear_grad(set_to_zero=False)
-        log.step(distributed.average(terms, self.shard), samples, reader_cost, time.perf_counter() - start)
+        self.optimizer.clear_grad(set_to_zero=False)
+        self.log.step(shared, samples, reader_cost, time.perf_counter() - start, tokens * self.shard.world_size, work[1], global_norm(norms))
+        self._tell(self.coverage.note(batch.get("corpus", ""), norms))
+        return stop > 0
 
-    def _backward(self, layer, batch, accumulate, last):
+    def _backward(self, batch, accumulate, last):
         """Forward and backward of one micro-batch; workers exchange gradients only in a step's last one."""
-        with contextlib.nullcontext() if last else distributed.without_exchange(layer):
+        with contextlib.nullcontext() if last else distributed.without_exchange(self.layer):
             with self.precision.forward():
-                losses = layer(batch)
+                losses = self.layer(batch)
             self.precision.scaled(losses["loss"] / accumulate).backward()
         return losses
 
-    def _due(self, step, at_end):
-        """The evaluators that run after this step."""
-        return [e for e in self.evaluators if at_end or (e.every_steps and step % e.every_steps == 0)]
+    def _due(self):
+        """The evaluators that run after the step just taken."""
+        at_end = self.done == self.total and self.run_config.evaluate_at_end
+        return [e for e in self.evaluators if at_end or (e.every_steps and self.done % e.every_steps == 0)]
 
-    def _evaluate(self, step, due, model, log):
-        """Run the evaluators ``due``; returns whether the selection metric reached a new best."""
+    def _stale_enough(self):
+        """Whether the evaluations have found nothing better for so long that the run ends early."""
+        limit = self.run_config.early_stop
+        return bool(limit) and self.stale >= limit
+
+    def _judge(self):
+        """Run the evaluators that are due, keep the best model, and agree on what came out."""
+        self.status.tell(state="evaluating", step=self.done)
+        with self._judged_weights():
+            if self._evaluate():
+                self._save_best()
+        self.stale = distributed.from_first(self.stale, self.shard)
+        if self._stale_enough() and self.done < self.total:
+            self.log.write(f"step {self.done}: stopped early, {self.run_config.early_stop} evaluations without a better {self.task.selection}")
+        self.status.tell(state="running", best=self.best)
+
+    def _evaluate(self):
+        """Run the evaluators that are due; returns whether the selection metric reached a new best."""
         improved = False
-        if self.shard.rank == 0:
-            for evaluator in due:
+        if self.first_worker:
+            for evaluator in self._due():
                 started = time.perf_counter()
-                metrics = evaluator.run(model)
-                log.metrics(step, metrics, evaluator.name)
+                metrics = evaluator.run(self.model)
+                self.log.metrics(self.done, metrics, evaluator.name)
                 shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
-                log.write(f"step {step}, {evaluator.name}: {shown} ({time.perf_counter() - started:.1f} s)")
-                improved |= self._is_best(step, evaluator.name, metrics)
+                self.log.write(f"step {self.done}, {evaluator.name}: {shown} ({time.perf_counter() - started:.1f} s)")
+                improved |= self._is_best(self.done, evaluator.name, metrics)
                 self.stale = 0 if improved else self.stale + self._judges(evaluator.name)
-            if log.board is not None:
-                self.task.illustrate(model, log.board, step)
+            if self.log.board is not None:
+                self.task.illustrate(self.model, self.log.board, self.done)
         distributed.barrier(self.shard)
         return improved
 
@@ -227,29 +316,38 @@ class Trainer:
             return True
         return False
 
-    def _save_best(self, model):
+    def _save_best(self):
         """Replace ``best/``: the new model is complete before the old one goes."""
         best, fresh, old = (os.path.join(self.output, name) for name in ("best", ".best.new", ".best.old"))
         if os.path.isdir(old) and not os.path.isdir(best):
             os.rename(old, best)  # an earlier run ended between the two renames below
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        save_pretrained(model, fresh)
+        save_pretrained(self.model, fresh)
         self.task.save_assets(fresh)
         if os.path.isdir(best):
             os.rename(best, old)
         os.rename(fresh, best)
         shutil.rmtree(old, ignore_errors=True)
 
-    def _save(self, step, model, optimizer, batches):
-        distributed.collect_state(optimizer)
-        if self.shard.rank == 0:
-            state = {"step": step, "data": batches.state_dict(), "best": self.best, "stale": self.stale, "scaler": self.precision.state_dict()}
-            store.save_checkpoint(self.checkpoints, step, model, optimizer, state, self.run_config.keep_last, self.average)
-            if self.best is None and step == self.task.total_steps():
-                with self._judged_weights():
-                    self._save_best(model)  # nothing was judged: the last model is the best there is
+    def _write_checkpoint(self, directory, step, unjudged=False):
+        """Write the checkpoint of ``step`` below ``directory``; returns its path (``None`` on other workers than the first)."""
+        distributed.collect_state(self.optimizer)
+        if not self.first_worker:
+            return None
+        state = {"step": step, "data": self.batches.state_dict(), "best": self.best, "stale": self.stale, "bad_steps": self.bad.count,
+                 "unjudged": unjudged, "scaler": self.precision.state_dict()}
+        return store.save_checkpoint(directory, step, self.model, self.optimizer, state, self.run_config.keep_last, self.average)
+
+    def _save(self, unjudged=False):
+        """Write the checkpoint of the steps done; ``unjudged``: an evaluation is due at this step and has not run."""
+        self.status.tell(state="saving")
+        self._write_checkpoint(self.checkpoints, self.done, unjudged)
+        if self.first_worker and self.best is None and self.done == self.total and not unjudged:
+            with self._judged_weights():
+                self._save_best()  # nothing was judged: the last model is the best there is
         distributed.barrier(self.shard)
+        self.status.tell(state="running")
 
 
 def train_from_config(path, overrides=(), resume="none"):
@@ -260,11 +358,22 @@ def train_from_config(path, overrides=(), resume="none"):
     task = task_class(config.task)(config)
     trainer = Trainer(task, config, resume)
     best = trainer.run()
-    if trainer.shard.rank == 0:
-        chosen = f"best {best['metric']} {best['value']:.2f} at step {best['step']}; " if best else ""
-        print(f"done: {chosen}model in {os.path.join(config.run.output, 'best')}, log in {os.path.join(config.run.output, 'train.log')}\n"
-              f"board: visualdl --logdir {os.path.join(config.run.output, 'vdl')} --language en")
+    if trainer.first_worker:
+        print(_ending(trainer, best))
+    if trainer.stopped == "SIGINT":
+        raise KeyboardInterrupt
     return best
+
+
+def _ending(trainer, best):
+    """The last words of a run."""
+    output = trainer.output
+    if trainer.stopped:
+        return (f"stopped by {trainer.stopped} after step {trainer.done} of {trainer.total}, everything is saved; resume with\n"
+                f"  unimo2 train -c {os.path.join(output, 'config.yaml')} --resume auto")
+    chosen = f"best {best['metric']} {best['value']:.2f} at step {best['step']}; " if best else ""
+    return (f"done: {chosen}model in {os.path.join(output, 'best')}, log in {os.path.join(output, 'train.log')}\n"
+            f"board: visualdl --logdir {os.path.join(output, 'vdl')} --language en")
 
 
 def run_evaluators(path, overrides=()):
