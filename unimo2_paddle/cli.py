@@ -3,6 +3,7 @@ import argparse
 import sys
 
 import unimo2_paddle
+from unimo2_paddle.data.region_command import add_arguments as add_feature_arguments
 from unimo2_paddle.errors import Unimo2Error, UserInputError
 from unimo2_paddle.runtime import import_paddle, prepare_process
 from unimo2_paddle.serving.command import add_arguments as add_predict_arguments
@@ -55,6 +56,12 @@ def _status(args):
     from unimo2_paddle.training.status import show_status
 
     show_status(args.run, args.watch)
+
+
+def _features(args):
+    from unimo2_paddle.data.region_command import run
+
+    print(run(args))
 
 
 def _demo_data(args):
@@ -126,6 +133,7 @@ def build_parser():
     sub.add_argument("--vocab", metavar="FILE", help="the authors' vocab.txt (with --roberta-vocab)")
     sub.add_argument("--encoder-json", metavar="FILE", help="the authors' encoder.json (with --roberta-vocab)")
 
+    add_feature_arguments(command("features", _features, "Import detectors' region features into a memory-mapped store, or show a store."))
     sub = command("demo-data", _demo_data, "Write the generated coloured-shape corpora in the real file formats.")
     sub.add_argument("--out", required=True, metavar="DIR", help="directory to write (must not exist or be a demo directory)")
     sub.add_argument("--size", type=int, default=4000, metavar="N", help="number of training pairs; default: 4000")

@@ -106,13 +106,14 @@ class BadRecords:
     Args:
         path: JSON lines file, made when the first bad record is found and continued by a resumed run.
         max_ratio: share of bad records above which the run stops, once ``ENOUGH_RECORDS`` were seen.
+        option: how the user sets ``max_ratio``, for the message.
     """
 
     ENOUGH_RECORDS = 100
     _PROCESSES = 512
 
-    def __init__(self, path, max_ratio):
-        self.path, self.max_ratio = path, max_ratio
+    def __init__(self, path, max_ratio, option="data.max_bad_ratio"):
+        self.path, self.max_ratio, self.option = path, max_ratio, option
         # one row per worker, so that counting needs no lock that a dying worker could keep
         self._counts = np.frombuffer(mmap.mmap(-1, 16 * self._PROCESSES), np.int64).reshape(-1, 2)
         self._written, self._offset, self._mend = set(), 0, b""
@@ -160,8 +161,8 @@ class BadRecords:
     def check(self, bad, seen, what, detail=""):
         """Raise ``DataError`` when ``bad`` of ``seen`` is too much."""
         if seen >= self.ENOUGH_RECORDS and bad > self.max_ratio * seen:
-            raise DataError(f"{bad} of {seen} {what} are bad, more than data.max_bad_ratio {self.max_ratio} allows{detail}. "
-                            f"They are listed in {self.path}; repair the data or raise data.max_bad_ratio")
+            raise DataError(f"{bad} of {seen} {what} are bad, more than {self.option} {self.max_ratio} allows{detail}. "
+                            f"They are listed in {self.path}; repair the data or raise {self.option}")
 
     def _read(self, file):
         """Take in the lines that were added since the last time."""

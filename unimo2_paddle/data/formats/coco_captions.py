@@ -53,9 +53,9 @@ def read_caption_filelist(path, images_dir):
         DataError: a file is missing or malformed (named as file:line), or there is no record.
     """
     images = {}
-    for name in _lines(path):
-        for where, fields in _records(_beside(path, name), RECORD_FIELDS):
-            image_id, tokens = _image_id(fields[0], where), _numbers(fields, (3, 4, 5), RECORD_FIELDS, where)[0]
+    for name in filelist_paths(path):
+        for where, fields in _records(name, RECORD_FIELDS):
+            image_id, tokens = coco_image_id(fields[0], where), id_lists(fields, (3, 4, 5), RECORD_FIELDS, where)[0]
             if image_id not in images:
                 images[image_id] = CaptionImage(image_id, picture_path(images_dir, fields[1].strip(), f"{where}: image_path"))
             if tokens:
@@ -79,7 +79,7 @@ def read_object_tags(path, most=100):
     """
     tags = {}
     for where, fields in _records(path, TAG_FIELDS):
-        image_id, ids = _image_id(fields[0], where), _numbers(fields, (1, 2, 3), TAG_FIELDS, where)[0]
+        image_id, ids = coco_image_id(fields[0], where), id_lists(fields, (1, 2, 3), TAG_FIELDS, where)[0]
         if image_id in tags:
             raise DataError(f"{where}: image {image_id} has object tags already")
         tags[image_id] = ids if len(ids) <= most else ids[: most - 1] + ids[-1:]
@@ -174,7 +174,12 @@ def _read_json(path):
         raise DataError(f"{path}: not JSON: {error}") from None
 
 
-def _lines(path):
+def filelist_paths(path):
+    """The files a filelist names, one per line: relative to the filelist's folder, or as the authors have it to the working directory.
+
+    Raises:
+        DataError: the list cannot be read or is empty.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             names = [line.strip() for line in file if line.strip()]
@@ -182,13 +187,8 @@ def _lines(path):
         raise DataError(f"{path}: cannot read the list of files: {getattr(error, 'strerror', None) or error}") from None
     if not names:
         raise DataError(f"{path}: names no file")
-    return names
-
-
-def _beside(path, name):
-    """A file named in a filelist: relative to the filelist's folder, or as the authors have it to the working directory."""
-    near = os.path.join(os.path.dirname(path), name)
-    return near if os.path.exists(near) or not os.path.exists(name) else name
+    near = [os.path.join(os.path.dirname(path), name) for name in names]
+    return [beside if os.path.exists(beside) or not os.path.exists(name) else name for beside, name in zip(near, names)]
 
 
 def _records(path, names):
@@ -208,7 +208,8 @@ def _records(path, names):
         raise DataError(f"{path}: cannot be read after line {number}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _image_id(text, where):
+def coco_image_id(text, where):
+    """A picture's number as text; the authors write nine characters before it, which are cut off."""
     text = text.strip()
     digits = text if text.isdigit() else text[_ID_PREFIX:]
     if not (digits.isascii() and digits.isdigit()):
@@ -216,7 +217,7 @@ def _image_id(text, where):
     return str(int(digits))
 
 
-def _numbers(fields, columns, names, where):
+def id_lists(fields, columns, names, where):
     """The lists of ids in some columns; they must be equally long."""
     lists = []
     for column in columns:
