@@ -10,11 +10,11 @@ from typing import Dict, NamedTuple, Optional
 
 import numpy as np
 
-from unimo2_paddle.checkpoints.fitting import HEAD_SIZE, fit_config, is_unimo2_name
+from unimo2_paddle.checkpoints.fitting import HEAD_SIZE, fit_config, is_unimo, is_unimo2_name
 from unimo2_paddle.checkpoints.pdparams import read_pdparams, write_pdparams
 from unimo2_paddle.checkpoints.released import check_variable_name, new_directory, read_released, widen_bfloat16, write_released
 from unimo2_paddle.errors import CheckpointError
-from unimo2_paddle.models.configuration import Unimo2Config
+from unimo2_paddle.models.configuration import config_class, load_config
 
 SAFETENSORS, PDPARAMS, CONFIG = "model.safetensors", "model_state.pdparams", "config.json"
 FORMATS = ("released", "safetensors", "pdparams")
@@ -98,7 +98,7 @@ def convert(source, target, format="safetensors", config=None):
     checkpoint = read_checkpoint(source)
     arrays, values, note = checkpoint.arrays, checkpoint.config, "config.json taken over"
     if config is not None:
-        values, note = Unimo2Config.from_json(config).to_dict(), f"config.json from {config}"
+        values, note = load_config(config).to_dict(), f"config.json from {config}"
     elif values is None:
         fitted, note = config_by_shapes(arrays)
         values = fitted.to_dict() if fitted else None
@@ -153,7 +153,7 @@ def describe(path):
                   f"present: {', '.join(fit.present) or 'none of the main parts'}",
                   f"absent: {', '.join(fit.absent) or 'none'}"]
         if fit.foreign:
-            lines.append(f"not UNIMO-2 variables: {', '.join(fit.foreign)}")
+            lines.append(f"not {fit.system} variables: {', '.join(fit.foreign)}")
     lines.append(f"config.json: {_config_verdict(config, fit)}")
     return "\n".join(lines)
 
@@ -162,7 +162,8 @@ def _config_verdict(config, fit):
     if config is None:
         return "none"
     decided = ("hidden_size", "text_vocab_size", "text_max_position_embeddings", "num_codebook", "resolution",
-               "position_grid", "text_num_hidden_layers", "vit_num_hidden_layers", "num_hidden_layers", "model_type")
+               "position_grid", "text_num_hidden_layers", "vit_num_hidden_layers", "num_hidden_layers", "model_type", "vocab_size",
+               "max_position_embeddings", "image_embedding_size", "role_type_size", "turn_type_size", "weight_sharing")
     wrong = [f"{key} is {config[key]}, the shapes say {fit.values[key]}" for key in decided
              if key in config and key in fit.values and config[key] != fit.values[key]]
     if config.get("text_enc_layers") or config.get("grounding_enc_layers"):  # a subset may leave out the last layers
@@ -177,18 +178,18 @@ def config_by_shapes(arrays):
         if not fit.values:
             reason = "there are no UNIMO-2 variables"
         elif fit.knows_heads:
-            reason = "the text or the grounded Transformer is missing"
+            reason = f"the {'text or the grounded Transformer' if fit.system == 'UNIMO-2' else 'text embedding or the encoder'} is missing"
         else:
             reason = f"attention heads of {HEAD_SIZE} do not fill the width"
         return None, f"the config cannot be worked out from the shapes: {reason}"
-    config = Unimo2Config.from_dict(fit.values, source="config worked out from the shapes")
-    return config, (f"config worked out from the shapes; attention heads of {HEAD_SIZE} and {config.topk_value} grounded "
-                    "tokens per input are assumed")
+    config = config_class(fit.values).from_dict(fit.values, source="config worked out from the shapes")
+    assumed = f"attention heads of {HEAD_SIZE}" + (f" and {config.topk_value} grounded tokens per input" if fit.system == "UNIMO-2" else "")
+    return config, f"config worked out from the shapes; {assumed} are assumed"
 
 
 def _named_as_parameters(arrays, parameter_names, file):
     """The arrays under the authors' names where the file's name table gives them, else under the keys they were saved with."""
-    if not any(is_unimo2_name(name) for name in parameter_names.values()):
+    if not any(map(is_unimo2_name, parameter_names.values())) and not is_unimo(parameter_names.values()):
         return arrays
     named = {}
     for key, array in arrays.items():

@@ -1,4 +1,4 @@
-"""Which UNIMO-2 config a set of variable names and shapes fits."""
+"""Which config, of UNIMO-2 or UNIMO, a set of variable names and shapes fits."""
 import re
 from dataclasses import dataclass, field
 from typing import Dict, List
@@ -25,6 +25,24 @@ BASE = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, 
         "position_grid": 14, "resolution": 16, "model_type": "grounded"}
 
 
+_UNIMO_NAME = re.compile(
+    r"encoder_layer_\d+_|(word|pos|role|turn)_embedding$|(v_)?pre_encoder_layer_norm_|image_(emb|loc)\.|pooled_fc_|mask_(lm|region)_|match_fc\."
+    r"|cls_out_|duplicated_trigram_blocking_")
+_UNIMO_LAYER = re.compile(r"encoder_layer_(\d+)_")
+_UNIMO_PARTS = {
+    "text embedding": "word_embedding",
+    "region embedding": "image_emb.w_0",
+    "dialogue embeddings": "role_embedding",
+    "text pooler": "pooled_fc_text.w_0",
+    "image pooler": "pooled_fc_image.w_0",
+    "matching head": "match_fc.w_0",
+    "masked-word head": "mask_lm_trans_fc.w_0",
+    "masked-region head": "mask_region_trans_fc.w_0",
+    "entailment head": "cls_out_w_0",
+}
+UNIMO_BASE = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "vocab_size": 50265, "max_position_embeddings": 514}
+
+
 @dataclass
 class Fit:
     """The config keys that shapes decide.
@@ -32,13 +50,15 @@ class Fit:
     Attributes:
         values: config keys and values. The numbers of heads are among them only if heads of 64 fill the width.
         present, absent: the model's parts (encoders, heads, projections) by readable name.
-        foreign: variables that no UNIMO-2 model has.
+        foreign: variables that no model of the system has.
+        system: "UNIMO-2" or "UNIMO".
     """
 
     values: Dict[str, object] = field(default_factory=dict)
     present: List[str] = field(default_factory=list)
     absent: List[str] = field(default_factory=list)
     foreign: List[str] = field(default_factory=list)
+    system: str = "UNIMO-2"
 
     @property
     def knows_heads(self):
@@ -46,26 +66,30 @@ class Fit:
 
     @property
     def is_whole(self):
-        """Whether a model's config can be made of it: text and grounded encoder are there and the heads are known."""
-        return self.knows_heads and "text_vocab_size" in self.values and "num_hidden_layers" in self.values
+        """Whether a model's config can be made of it: text and grounded (or the one) encoder are there and the heads are known."""
+        words = "text_vocab_size" if self.system == "UNIMO-2" else "vocab_size"
+        return self.knows_heads and words in self.values and "num_hidden_layers" in self.values
 
     @property
     def is_base(self):
-        return all(self.values.get(key) == value for key, value in BASE.items())
+        return all(self.values.get(key) == value for key, value in (BASE if self.system == "UNIMO-2" else UNIMO_BASE).items())
 
     def __str__(self):
         if not self.values:
             return "fits no UNIMO-2 config: none of its names is a UNIMO-2 variable"
         v = self.values
-        layers = " / ".join(f"{room} {v[key]}" for room, key in _COUNT_KEYS.items() if key in v)
-        text = [f"UNIMO-2 {v['model_type']}", f"hidden {v['hidden_size']}"] if "hidden_size" in v else ["UNIMO-2 variables"]
+        rooms = _COUNT_KEYS if self.system == "UNIMO-2" else {"encoder": "num_hidden_layers"}
+        layers = " / ".join(f"{room} {v[key]}" for room, key in rooms.items() if key in v)
+        name = f"{self.system} {v['model_type']}" if "model_type" in v else self.system
+        text = [name, f"hidden {v['hidden_size']}"] if "hidden_size" in v else [f"{self.system} variables"]
         text += [f"layers {layers}"] * bool(layers)
-        for key, title in (("text_vocab_size", "vocabulary"), ("text_max_position_embeddings", "text positions"),
+        for key, title in (("text_vocab_size", "vocabulary"), ("text_max_position_embeddings", "text positions"), ("vocab_size", "vocabulary"),
+                           ("max_position_embeddings", "positions"), ("image_embedding_size", "region features"),
                            ("num_codebook", "codebook"), ("position_grid", "position grid"), ("resolution", "patch")):
             if key in v:
                 text.append(f"{title} {v[key]}" + (f"x{v[key]}" if key in ("position_grid", "resolution") else ""))
         line = ", ".join(text)
-        return f"fits: {line}" + (" (= UNIMO-2 base)" if self.is_base else "")
+        return f"fits: {line}" + (f" (= {self.system} base)" if self.is_base else "")
 
 
 def is_unimo2_name(name):
@@ -74,8 +98,18 @@ def is_unimo2_name(name):
             or name in ("vq_emb", "cmcl_temperature", "topk_temperature"))
 
 
+def is_unimo_name(name):
+    """Whether a variable name is one of UNIMO's: the authors' programs', or our masked-region head's."""
+    return _UNIMO_NAME.match(name) is not None
+
+
+def is_unimo(names):
+    """Whether variable names are those of a UNIMO model rather than of UNIMO-2, by what only one of them has."""
+    return any(name == "word_embedding" or _UNIMO_LAYER.match(name) for name in names)
+
+
 def fit_config(shapes):
-    """Find the config that named shapes fit.
+    """Find the config that named shapes fit, of the system whose names they have.
 
     Args:
         shapes: dict from the authors' variable names to shapes (tuples).
@@ -83,6 +117,8 @@ def fit_config(shapes):
     Returns:
         Fit.
     """
+    if is_unimo(shapes):
+        return _fit_unimo(shapes)
     fit = Fit(foreign=sorted(name for name in shapes if not is_unimo2_name(name)))
     if len(fit.foreign) == len(shapes):
         return fit
@@ -144,3 +180,34 @@ def _switches(shapes):
               "with_grounding_mask": "grounded.mask_g_trans_fc.w_0" in shapes,
               "weight_sharing": not heads}
     return {key: value for key, value in values.items() if value != (key == "weight_sharing")}
+
+
+def _fit_unimo(shapes):
+    fit = Fit(foreign=sorted(name for name in shapes if not is_unimo_name(name)), system="UNIMO")
+    for part, name in _UNIMO_PARTS.items():
+        (fit.present if name in shapes else fit.absent).append(part)
+
+    def size(name, axis, rank=2):
+        shape = shapes.get(name, ())
+        return shape[axis] if len(shape) == rank else None
+
+    layers = {int(match.group(1)) for match in map(_UNIMO_LAYER.match, shapes) if match}
+    hidden = size("word_embedding", 1) or size("encoder_layer_0_ffn_fc_0.w_0", 0)
+    found = {
+        "hidden_size": hidden,
+        "num_attention_heads": hidden // HEAD_SIZE if hidden and hidden % HEAD_SIZE == 0 else None,
+        "num_hidden_layers": max(layers) + 1 if layers else None,
+        "vocab_size": size("word_embedding", 0),
+        "max_position_embeddings": size("pos_embedding", 0),
+        "image_embedding_size": size("image_emb.w_0", 0),
+        "image_class_size": size("mask_region_class_fc.w_0", 1),
+        "role_type_size": size("role_embedding", 0),
+        "turn_type_size": size("turn_embedding", 0),
+    }
+    fit.values = {key: value for key, value in found.items() if value}
+    if "mask_lm_out_fc.w_0" in shapes:
+        fit.values["weight_sharing"] = False
+    if "mask_region_trans_fc.w_0" in shapes:
+        fit.values.update(image_predict_class="mask_region_class_fc.w_0" in shapes,
+                          image_predict_feature="mask_region_feature_fc.w_0" in shapes)
+    return fit

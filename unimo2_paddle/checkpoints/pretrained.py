@@ -7,21 +7,24 @@ import paddle
 from unimo2_paddle.checkpoints.convert import config_by_shapes, locate, read_checkpoint, write_checkpoint
 from unimo2_paddle.checkpoints.released import assign_parameters, match_parameters, parameter_arrays
 from unimo2_paddle.errors import CheckpointError
-from unimo2_paddle.models.configuration import Unimo2Config
-from unimo2_paddle.models.unimo2 import HEADS, Unimo2Model
+from unimo2_paddle.models import unimo, unimo2
+from unimo2_paddle.models.configuration import UnimoConfig, load_config
 
 logger = logging.getLogger(__name__)
 
-RELEASED_URL = "https://unimo-2.bj.bcebos.com/model/UNIMO-2.tar.gz"  # reference notes, section 1.8
+# reference notes, section 1.8, and UNIMO's section 7
+RELEASED_URL = "https://unimo-2.bj.bcebos.com/model/UNIMO-2.tar.gz"
+UNIMO_URL = "https://unimo.bj.bcebos.com/model/unimo_base_en.tar.gz"
 _HEAD_PREFIXES = {"pooling": "grounded.pooled_fc_text.", "matching": "grounded.img_text_matching_fc.",
                   "masked_lm": "grounded.mask_lm_", "masked_grounding": "grounded.mask_g_"}
+_UNIMO_HEAD_PREFIXES = {"pooling": "pooled_fc_text.", "matching": "match_fc.", "masked_lm": "mask_lm_", "masked_region": "mask_region_"}
 
 
 def save_pretrained(model, directory):
     """Write a model as our own directory: ``config.json`` and ``model.safetensors`` keyed by the authors' variable names.
 
     Args:
-        model: a ``Unimo2Model``.
+        model: a ``Unimo2Model`` or ``UnimoModel``.
         directory: path to create; it must not exist or be an empty directory.
 
     Raises:
@@ -34,17 +37,17 @@ def from_pretrained(name_or_directory, config=None, allow_missing=()):
     """Build a model and load its weights.
 
     Our own directory says by its variables which parts the model has (a text-only model or one without some head is built as
-    it was saved). The authors' directories hold what their program needed, so there the whole model is built and what is
-    missing is an error.
+    it was saved). The authors' directories hold what their program needed, so there the whole model is built (UNIMO: with the
+    poolers and the masked_lm head, as it was pre-trained) and what is missing is an error.
 
     Args:
         name_or_directory: our own directory, an authors' directory, or a ``.safetensors`` or ``.pdparams`` file.
-        config: ``Unimo2Config``, dict or JSON path; default: the checkpoint's ``config.json``, or else worked out from the
+        config: ``Unimo2Config``, ``UnimoConfig``, dict or JSON path; default: the checkpoint's ``config.json``, or else worked out from the
             shapes (attention heads of 64 are assumed, and the log says so).
         allow_missing: name patterns of parameters that may be missing or mis-shaped and keep their initial values.
 
     Returns:
-        Unimo2Model in eval mode.
+        Unimo2Model or UnimoModel, whichever the config is of, in eval mode.
 
     Raises:
         CheckpointError: unknown name, damaged checkpoint, or the list of parameters that do not fit.
@@ -54,16 +57,12 @@ def from_pretrained(name_or_directory, config=None, allow_missing=()):
     if not os.path.exists(path):
         raise CheckpointError(
             f"{path!r} is neither a directory nor a file. To get the released UNIMO-2 base weights, download {RELEASED_URL} "
-            "by hand, unpack it, and give the directory with one file per variable.")
+            f"(UNIMO base: {UNIMO_URL}) by hand, unpack it, and give the directory with one file per variable.")
     kind, _ = locate(path)
     arrays, stored_config, _ = read_checkpoint(path)
     config = _chosen_config(path, arrays, stored_config, config)
-    vision, heads = True, None
-    if kind == "safetensors":
-        vision = any(name.startswith("vit.") for name in arrays)
-        heads = [head for head in HEADS if any(name.startswith(_HEAD_PREFIXES[head]) for name in arrays)]
     with paddle.utils.unique_name.guard():
-        model = Unimo2Model(config, vision=vision, heads=heads)
+        model = _build(config, arrays, as_saved=kind == "safetensors")
     stored = {name: (array.shape, array.dtype) for name, array in arrays.items()}
     report = match_parameters(model, stored, path, allow_missing)
     assign_parameters(model, {name: arrays[name] for name in report.loaded})
@@ -73,15 +72,23 @@ def from_pretrained(name_or_directory, config=None, allow_missing=()):
     return model
 
 
+def _build(config, names, as_saved):
+    """The model of ``config`` with every part, or with the parts that the variables ``names`` show."""
+    of_unimo = isinstance(config, UnimoConfig)
+    make, region, prefixes = ((unimo.UnimoModel, "image_emb.", _UNIMO_HEAD_PREFIXES) if of_unimo
+                              else (unimo2.Unimo2Model, "vit.", _HEAD_PREFIXES))
+    stored = [head for head, prefix in prefixes.items() if any(name.startswith(prefix) for name in names)]
+    if as_saved:
+        return make(config, vision=any(name.startswith(region) for name in names), heads=stored)
+    # UNIMO's matching head exists only after retrieval finetuning
+    return make(config, heads=["pooling", "masked_lm"] + ["matching"] * ("matching" in stored)) if of_unimo else make(config)
+
+
 def _chosen_config(path, arrays, stored, given):
-    if isinstance(given, Unimo2Config):
-        return given
-    if isinstance(given, dict):
-        return Unimo2Config.from_dict(given)
     if given is not None:
-        return Unimo2Config.from_json(given)
+        return load_config(given)
     if stored is not None:
-        return Unimo2Config.from_dict(stored, source=f"the config.json of {path}")
+        return load_config(stored, source=f"the config.json of {path}")
     config, note = config_by_shapes(arrays)
     if config is None:
         raise CheckpointError(f"{path}: {note}. Give the config the checkpoint was made with (config=...).")

@@ -42,6 +42,19 @@ def parse_layers(value, count, key):
     return layers
 
 
+def _read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read the model config: {error.strerror}", str(path)) from None
+    except ValueError as error:
+        raise ConfigError(f"not a JSON file: {error}", str(path)) from None
+    if not isinstance(values, dict):
+        raise ConfigError("must be a JSON object of config keys", str(path))
+    return values
+
+
 class ModelConfig:
     """What both model configs share: reading, writing and checking. Subclasses are dataclasses and define ``_value_problems``.
 
@@ -101,16 +114,7 @@ class ModelConfig:
     @classmethod
     def from_json(cls, path, **overrides):
         """A config from a JSON file of the authors' form; ``overrides`` replace single keys."""
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
-        except OSError as error:
-            raise ConfigError(f"cannot read the model config: {error.strerror}", str(path)) from None
-        except ValueError as error:
-            raise ConfigError(f"not a JSON file: {error}", str(path)) from None
-        if not isinstance(values, dict):
-            raise ConfigError("must be a JSON object of config keys", str(path))
-        return cls.from_dict(values, source=str(path), **overrides)
+        return cls.from_dict(_read_json(path), source=str(path), **overrides)
 
     def to_dict(self):
         """All keys and values as plain Python."""
@@ -307,3 +311,15 @@ class UnimoConfig(ModelConfig):
 def config_class(values):
     """Which of the two configs a mapping of keys is for: UNIMO's says ``vocab_size`` where UNIMO-2's says ``text_vocab_size``."""
     return UnimoConfig if "vocab_size" in values and "text_vocab_size" not in values else Unimo2Config
+
+
+def load_config(given, source="model config"):
+    """The config of either system from a config (as it is), a mapping, or the path of a JSON file.
+
+    Raises:
+        ConfigError: unreadable file, unknown keys or values that do not fit together.
+    """
+    if isinstance(given, ModelConfig):
+        return given
+    values, source = (given, source) if isinstance(given, dict) else (_read_json(given), str(given))
+    return config_class(values).from_dict(values, source=source)
