@@ -229,7 +229,7 @@ class _Classifier(_Kind):
     def build(self):
         self.names = self.classes()
         self.model = build_classifier(self.section, 0, self.config, self.inputs, max(1, len(self.names)), 0.0, new_head=False,
-                                      layout=self.about.get("layout", "pair"))
+                                      layout=self.about.get("layout", "pair"), contrastive=bool(self.about.get("contrastive", False)))
         self.model.eval()
 
     def best(self, probabilities):

@@ -21,7 +21,7 @@ def classifier_logits(model, batch):
     return model(**inputs)
 
 
-def build_classifier(section, seed, config, inputs, num_labels, dropout=0.1, prefix="cls_out", new_head=True, layout="pair"):
+def build_classifier(section, seed, config, inputs, num_labels, dropout=0.1, prefix="cls_out", new_head=True, layout="pair", contrastive=False):
     """A ``Unimo2Classifier`` drawn from ``seed``, then with the weights of ``section.init``; its head may be new if ``new_head``.
 
     Raises:
@@ -29,7 +29,7 @@ def build_classifier(section, seed, config, inputs, num_labels, dropout=0.1, pre
     """
     paddle.seed(seed)
     with paddle.utils.unique_name.guard():
-        model = Unimo2Classifier(config, inputs, num_labels, dropout, prefix, layout)
+        model = Unimo2Classifier(config, inputs, num_labels, dropout, prefix, layout, contrastive)
     load_initial(model, section, ("cls_out*",) if new_head else ())
     return model
 

@@ -47,7 +47,7 @@ class EntailmentTask(PairTask):
 
     def description(self):
         return {"labels": list(LABELS), "max_text_len": self.config.data.max_text_len,
-                "layout": self.config.head.layout}
+                "layout": self.config.head.layout, "contrastive": self.config.head.contrastive}
 
     def records(self, split):
         """Hypotheses of a split."""

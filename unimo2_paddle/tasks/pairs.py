@@ -44,11 +44,13 @@ class PairHead:
     """Group ``head``: how picture and sentence meet under the classifier.
 
     ``layout``: "pair" (through grounded tokens only, as in pre-training and retrieval) or "caption" (the sentence also sees the patches,
-    as in captioning; the grounded tokens are those of the picture alone). ``dropout``: before the last layer.
+    as in captioning; the grounded tokens are those of the picture alone). ``dropout``: before the last layer. ``contrastive``: the last
+    layer also reads the product of the contrastive features (ours; of use after a short pre-training).
     """
 
     layout: str = "pair"
     dropout: float = 0.1
+    contrastive: bool = False
 
     def problems(self):
         found = [] if self.layout in ("pair", "caption") else [f"layout: {self.layout!r} is not one of pair, caption"]
@@ -123,7 +125,7 @@ class PairTask(ClassificationTask):
     def build_model(self):
         head = self.config.head
         return build_classifier(self.config.model, self.config.run.seed, self.model_config, self.inputs, self.num_labels(), head.dropout,
-                                new_head=self.is_training(), layout=head.layout)
+                                new_head=self.is_training(), layout=head.layout, contrastive=head.contrastive)
 
     def records(self, split):
         """The records of a split, with ``path`` and ``text``."""

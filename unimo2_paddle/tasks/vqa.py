@@ -120,7 +120,7 @@ class VqaTask(PairTask):
 
     def description(self):
         return {"answers": self.answers, "frequent_answers": self.frequent(), "max_text_len": self.config.data.max_text_len,
-                "layout": self.config.head.layout}
+                "layout": self.config.head.layout, "contrastive": self.config.head.contrastive}
 
     def records(self, split):
         """Questions of a split: "train" (all of ``data.train_on`` and Visual Genome), "minival", or one of the files."""
