@@ -143,3 +143,16 @@ def test_wrong_settings_are_all_reported():
     found = AdversarialConfig(adv_type="villain", form="theirs", norm_type="l1", adv_step=0, adv_lr=-1.0).problems()
     assert [text.split(":")[0] for text in found] == ["adv_type", "form", "norm_type", "adv_lr", "adv_step"]
     assert VILLA.problems() == []
+
+
+def test_recomputed_activations_give_the_same_gradients(world):
+    model, gradients = world[0], []
+    for recompute in (False, True):
+        model.train()
+        model.set_recompute(recompute)
+        run(world, VILLA).loss.backward()
+        gradients.append([p.grad.numpy() for p in model.parameters()])
+        model.clear_gradients()
+    model.set_recompute(False)
+    for plain, recomputed in zip(*gradients):
+        np.testing.assert_allclose(plain, recomputed, rtol=1e-5, atol=1e-6)

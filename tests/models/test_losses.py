@@ -9,6 +9,8 @@ from unimo2_paddle.models.losses import (
     circle_loss,
     contrastive_loss,
     masked_mean,
+    masked_region_losses,
+    multi_positive_contrastive_loss,
     retrieval_circle_loss,
     smoothed_cross_entropy,
     visual_contrastive_loss,
@@ -152,3 +154,36 @@ def test_smoothed_cross_entropy_spreads_its_share_over_all_classes(size, classes
 def test_masked_mean_weighs_and_is_zero_without_weights():
     assert float(masked_mean(tensor([1.0, 5.0, 9.0]), tensor([1.0, 0.0, 3.0]))) == pytest.approx(7.0)
     assert float(masked_mean(tensor([1.0, 5.0]), tensor([0.0, 0.0]))) == 0.0
+
+
+def test_several_positives_share_the_numerator_and_padding_counts_nowhere():
+    scores = tensor([[2.0, 1.0, -1.0, 9.0], [0.5, 3.0, 1.0, 0.0]])
+    positives, candidates = tensor([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]]), tensor([[1.0, 1.0, 1.0, 0.0], [1.0] * 4])
+    e = np.exp
+    expected = [-np.log((e(2) + e(1)) / (e(2) + e(1) + e(-1))), -np.log(e(3) / (e(0.5) + e(3) + e(1) + 1))]
+    assert float(multi_positive_contrastive_loss(scores, positives, candidates)) == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_one_positive_is_the_usual_contrastive_loss():
+    scores = np.random.default_rng(0).normal(size=(3, 5))
+    positives = np.eye(5)[[1, 4, 0]]
+    expected = np.mean([cross_entropy(row, label) for row, label in zip(scores, [1, 4, 0])])
+    assert float(multi_positive_contrastive_loss(tensor(scores), tensor(positives))) == pytest.approx(expected, abs=1e-5)
+
+
+def test_masked_regions_are_judged_by_class_distribution_and_feature():
+    rng = np.random.default_rng(1)
+    logits, labels, features, targets = rng.normal(size=(3, 4)), rng.dirichlet(np.ones(4), 3), rng.normal(size=(3, 6)), rng.normal(size=(3, 6))
+    classes, regression = masked_region_losses(tensor(logits), tensor(features), tensor(labels), tensor(targets))
+    expected = np.mean([sum(p * cross_entropy(row, c) for c, p in enumerate(label)) for row, label in zip(logits, labels)])
+    assert float(classes) == pytest.approx(expected, rel=1e-4)
+    assert float(regression) == pytest.approx(((features - targets) ** 2).mean(), rel=1e-4)
+    hard = masked_region_losses(tensor(logits), None, paddle.to_tensor([0, 1, 3]), None)
+    assert float(hard[0]) == pytest.approx(np.mean([cross_entropy(row, c) for row, c in zip(logits, [0, 1, 3])]), rel=1e-4)
+    assert hard[1] is None
+
+
+def test_a_batch_without_masked_regions_has_no_region_loss():
+    none = paddle.zeros([0, 4])
+    assert [float(part) for part in masked_region_losses(none, none, none, none)] == [0.0, 0.0]
+    assert masked_region_losses(None, none, none, none)[0] is None

@@ -48,6 +48,43 @@ def visual_contrastive_loss(first, second, temperature, all_first=None, all_seco
     return (losses[0] + losses[1]) / 2
 
 
+def multi_positive_contrastive_loss(scores, positives, candidates=None):
+    """Contrastive loss with several positives per sample (UNIMO's CMCL: rewritten texts, retrieved images and texts).
+
+    Args:
+        scores: ``[B, M]`` similarities divided by the temperature.
+        positives: ``[B, M]``, 1 where a candidate belongs to the sample; at least one per row.
+        candidates: ``[B, M]``, 0 for padding that is neither positive nor negative; default: all count.
+
+    Returns:
+        scalar mean of -log(sum over positives of exp(score) / sum over candidates of exp(score)), after arXiv 2012.15409 (the authors
+        did not release their code of it).
+    """
+    if candidates is not None:
+        scores = scores + (candidates - 1.0) * 1e9
+    return (scores.logsumexp(axis=1) - (scores + (positives - 1.0) * 1e9).logsumexp(axis=1)).mean()
+
+
+def masked_region_losses(class_logits, features, target_classes, target_features):
+    """What masked regions were: cross entropy with the detector's class distribution, and squared error of the features (UNIMO).
+
+    Args:
+        class_logits: ``[N, C]`` or ``None``; target_classes: ``[N, C]`` probabilities (soft labels), or int64 ``[N]``.
+        features, target_features: ``[N, D]``, or ``features`` ``None``.
+
+    Returns:
+        (class loss, feature loss) scalars, means over regions (and features); ``None`` for what the model does not predict. Without
+        masked regions both are 0.
+    """
+    classes = regression = None
+    if class_logits is not None:
+        losses = F.cross_entropy(class_logits, target_classes, soft_label=len(target_classes.shape) == 2, reduction="none")
+        classes = losses.sum() / max(len(class_logits), 1)
+    if features is not None:
+        regression = (features - target_features).square().sum() / max(features.shape[0] * features.shape[1], 1)
+    return classes, regression
+
+
 def masked_mean(values, weights):
     """sum(values * weights) / sum(weights), 0 when nothing is weighted."""
     return (values * weights).sum() / weights.sum().clip(min=1e-12)

@@ -33,6 +33,11 @@ from unimo2_paddle.models.text import TextEmbedding, text_visibility, visibility
 from unimo2_paddle.models.transformer import Encoder, layer_norm, linear
 
 HEADS = ("pooling", "matching", "masked_lm", "masked_region")
+SEGMENTS = {  # what goes with a segment's first argument
+    "image_features": ("image_location", "image_mask"),
+    "object_ids": ("object_positions", "object_mask"),
+    "input_ids": ("position_ids", "text_mask"),
+}
 LOCATION_SIZE = 5  # x1/W, y1/H, x2/W, y2/H, share of the picture's area
 
 
@@ -158,8 +163,9 @@ class UnimoModel(nn.Layer):
         Raises:
             UserInputError: nothing was given, a segment is incomplete, or the model lacks the part for it.
         """
-        self._check(image_features, image_location, image_mask, object_ids, object_positions, object_mask, input_ids, position_ids,
-                    text_mask, role_ids, turn_ids)
+        self._check(image_features=image_features, image_location=image_location, image_mask=image_mask, object_ids=object_ids,
+                    object_positions=object_positions, object_mask=object_mask, input_ids=input_ids, position_ids=position_ids,
+                    text_mask=text_mask, role_ids=role_ids, turn_ids=turn_ids)
         parts, context = [], []
         if image_features is not None:
             parts.append(self.vision(image_features, image_location, image_delta))
@@ -186,25 +192,22 @@ class UnimoModel(nn.Layer):
                            object_states=spans.pop(0) if object_ids is not None else None,
                            text_states=spans.pop(0) if input_ids is not None else None)
 
-    def _check(self, image_features, image_location, image_mask, object_ids, object_positions, object_mask, input_ids, position_ids,
-               text_mask, role_ids, turn_ids):
-        if image_features is None and object_ids is None and input_ids is None:
-            raise UserInputError("give image_features, object_ids, input_ids, or several of them")
-        if image_features is not None:
-            if self.vision is None:
-                raise UserInputError("this model was built without its region embedding (vision=False) but was given an image")
-            if image_location is None or image_mask is None:
-                raise UserInputError("image_features need image_location and image_mask")
-            if image_features.shape[-1] != self.config.image_embedding_size:
-                raise UserInputError(f"image_features are {image_features.shape[-1]} wide, the model's image_embedding_size is "
-                                     f"{self.config.image_embedding_size}")
-        if object_ids is not None and (object_positions is None or object_mask is None):
-            raise UserInputError("object_ids need object_positions and object_mask")
-        if input_ids is not None and (position_ids is None or text_mask is None):
-            raise UserInputError("input_ids need position_ids and text_mask")
-        if input_ids is not None and self.config.dialog and (role_ids is None or turn_ids is None):
+    def _check(self, **given):
+        if all(given[segment] is None for segment in SEGMENTS):
+            raise UserInputError(f"give {', '.join(SEGMENTS)}, or several of them")
+        for segment, others in SEGMENTS.items():
+            if given[segment] is not None and any(given[name] is None for name in others):
+                raise UserInputError(f"{segment} need {' and '.join(others)}")
+        regions = given["image_features"]
+        if regions is not None and self.vision is None:
+            raise UserInputError("this model was built without its region embedding (vision=False) but was given an image")
+        if regions is not None and regions.shape[-1] != self.config.image_embedding_size:
+            raise UserInputError(f"image_features are {regions.shape[-1]} wide, the model's image_embedding_size is "
+                                 f"{self.config.image_embedding_size}")
+        dialog = [given[name] is not None for name in ("role_ids", "turn_ids")]
+        if given["input_ids"] is not None and self.config.dialog and not all(dialog):
             raise UserInputError("this model has role and turn embeddings (dialogue): input_ids need role_ids and turn_ids")
-        if not self.config.dialog and (role_ids is not None or turn_ids is not None):
+        if any(dialog) and not self.config.dialog:
             raise UserInputError("role_ids and turn_ids were given, but the config has no role_type_size and turn_type_size (3 and 16 in CoQA)")
 
     def pool_text(self, out):
