@@ -60,6 +60,13 @@ def fresh(config):
         return Run(config, seed=9)
 
 
+def load(path, run):
+    """The state that was saved, without what the store adds."""
+    state = store.load_checkpoint(str(path), run.model, run.optimizer)
+    assert state.pop("made_by") == store.made_by(run.optimizer)
+    return state
+
+
 def same(first, second):
     return first.keys() == second.keys() and all(np.array_equal(first[key], second[key]) and first[key].dtype == second[key].dtype
                                                  for key in first)
@@ -79,7 +86,7 @@ def test_loading_restores_weights_accumulators_and_state_bit_for_bit(saved, tiny
     run, path = saved
     with paddle.utils.unique_name.guard():
         other = Run(tiny_config, seed=9)
-        assert store.load_checkpoint(str(path), other.model, other.optimizer) == STATE
+        assert load(path, other) == STATE
         for p in other.model.parameters():
             assert np.array_equal(p.numpy(), run.arrays()[p.name])
         other.train(2, first=3)
@@ -119,7 +126,7 @@ def test_the_newest_are_kept_and_listed_in_order_of_steps(tiny_config, tmp_path)
 def test_what_a_killed_run_left_is_neither_listed_nor_kept(saved, tiny_config):
     run, path = saved
     directory = path.parent
-    for name in ("step-000003.tmp", "step-000007.tmp", "step-000002.old"):
+    for name in ("step-000003.tmp", "step-000007.tmp", "step-000003.old", "step-000002.gone"):
         (directory / name).mkdir()
         (directory / name / "manifest.json").write_text("{}")
     (directory / "step-000008").mkdir()  # no manifest: renamed by hand, or copied in part
@@ -128,7 +135,7 @@ def test_what_a_killed_run_left_is_neither_listed_nor_kept(saved, tiny_config):
     store.save_checkpoint(str(directory), 3, run.model, run.optimizer, STATE)
     assert sorted(p.name for p in directory.iterdir()) == ["notes.tmp", "step-000003", "step-000008"]
     other = fresh(tiny_config)
-    assert store.load_checkpoint(str(path), other.model, other.optimizer) == STATE
+    assert load(path, other) == STATE
 
 
 @pytest.mark.parametrize("name", ["config.json", "state.json", "model.safetensors", "optimizer.safetensors"])
@@ -223,30 +230,87 @@ def test_a_failed_write_leaves_earlier_checkpoints_and_nothing_half_written(save
     assert {p.name: p.read_bytes() for p in path.iterdir()} == before
 
 
-class Killed(BaseException):
-    """Stands in for a process that dies."""
+def test_a_file_that_was_not_written_with_the_checkpoint_is_refused_but_hidden_ones_are_not(saved, tiny_config):
+    _, path = saved
+    (path / ".nfs0001").write_text("")
+    assert load(path, fresh(tiny_config)) == STATE
+    (path / "average.safetensors").write_bytes((path / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="average.safetensors was not written with it"):
+        store.verify_checkpoint(str(path))
 
 
-@pytest.mark.parametrize("moment", range(7))
-def test_whenever_a_run_dies_every_listed_checkpoint_is_whole(saved, tiny_config, monkeypatch, moment):
+def rewrite_state(path, **made_by):
+    state = json.loads((path / "state.json").read_text())
+    state["made_by"].update(made_by)
+    (path / "state.json").write_text(json.dumps(state))
+    reseal(path)
+    return state
+
+
+@pytest.mark.parametrize("made_by, complaint", [
+    ({"format": 2, "unimo2_paddle": "9.1"}, r"has format 2 \(written by unimo2_paddle 9.1\), this is unimo2_paddle .* with format 1"),
+    ({"optimizer": "Lamb"}, "the optimizer state is of Lamb, this run has AdamW"),
+])
+def test_another_format_or_optimizer_is_refused_with_what_differs(saved, tiny_config, made_by, complaint):
+    _, path = saved
+    rewrite_state(path, **made_by)
+    other = fresh(tiny_config)
+    before = other.arrays()
+    with pytest.raises(CheckpointError, match=complaint):
+        load(path, other)
+    assert same(other.arrays(), before)
+
+
+def test_another_version_of_the_same_format_is_loaded_and_told(saved, tiny_config):
+    _, path = saved
+    other = fresh(tiny_config)
+    assert store.changes_since(store.load_checkpoint(str(path), other.model, other.optimizer), seed=1) == []
+    state = {**rewrite_state(path, unimo2_paddle="0.0.9", paddle="2.6.2"), "seed": 5}
+    other = fresh(tiny_config)
+    assert store.load_checkpoint(str(path), other.model, other.optimizer)["made_by"]["paddle"] == "2.6.2"
+    changes = store.changes_since(state, seed=1, workers=2)
+    assert len(changes) == 3 and changes[0].startswith("unimo2_paddle 0.0.9, now ") and changes[2] == "seed 5, now 1"
+
+
+def test_a_model_with_more_parts_or_of_another_task_is_refused(saved, tiny_config, tmp_path):
     run, path = saved
-    calls, sync = iter(range(100)), store._sync
+    other = fresh(tiny_config)
+    with pytest.raises(CheckpointError, match="of task vqa, this one is pretrain"):
+        wrote = store.save_checkpoint(str(tmp_path / "vqa"), 1, run.model, run.optimizer, {**STATE, "task": "vqa"})
+        store.load_checkpoint(wrote, other.model, other.optimizer, task="pretrain")
+    from unimo2_paddle.checkpoints.convert import read_safetensors, write_safetensors
 
-    def dying(target):
-        if next(calls) == moment:
-            raise Killed
-        sync(target)
+    write_safetensors(str(path / "model.safetensors"),
+                      {**read_safetensors(str(path / "model.safetensors")), "answers.w_0": np.zeros([2, 2], "float32")})
+    reseal(path)
+    with pytest.raises(CheckpointError, match=r"of another model: it has 1 parameters that this one lacks \(answers.w_0\)"):
+        load(path, other)
 
-    monkeypatch.setattr(store, "_sync", dying)
-    with pytest.raises(Killed):
-        store.save_checkpoint(str(path.parent), 4, run.model, run.optimizer, STATE)
-    monkeypatch.undo()
-    whole = store.complete_checkpoints(str(path.parent))
-    assert [os.path.basename(p) for p in whole] == ["step-000003"] + ["step-000004"] * (moment == 6), "the last sync follows the renaming"
-    for checkpoint in whole:
-        store.verify_checkpoint(checkpoint)
-    store.save_checkpoint(str(path.parent), 4, run.model, run.optimizer, STATE)
-    assert sorted(p.name for p in path.parent.iterdir()) == ["step-000003", "step-000004"]
+
+def test_a_run_can_be_saved_before_its_first_step(tiny_config, tmp_path):
+    run, other = Run(tiny_config), fresh(tiny_config)
+    path = store.save_checkpoint(str(tmp_path / "c"), 0, run.model, run.optimizer, STATE)
+    with paddle.utils.unique_name.guard():
+        assert load(path, other) == STATE
+        other.train(1)
+    run.train(1)
+    weights = [{p.name: p.numpy() for p in r.model.parameters()} for r in (run, other)]
+    assert same(*weights)
+
+
+def test_a_snapshot_keeps_its_values_while_training_goes_on(tiny_config, tmp_path):
+    run = Run(tiny_config)
+    run.train(2)
+    state = {**STATE, "extras": {"scaler": {"scale": np.array([1024.5], "float32")}}, "best": {"value": 1.0}}
+    snapshot, before = store.take_snapshot(run.model, run.optimizer, state), run.arrays()
+    run.train(2, first=2)
+    state["best"]["value"] = 2.0
+    assert not same(run.arrays(), before)
+    assert same({**snapshot.weights, **snapshot.accumulators}, before)
+    path = store.write_snapshot(str(tmp_path / "c"), 2, snapshot)
+    other = fresh(tiny_config)
+    loaded = store.load_checkpoint(path, other.model, other.optimizer)
+    assert loaded["extras"] == {"scaler": {"scale": [1024.5]}} and loaded["best"] == {"value": 1.0}
 
 
 def test_saving_into_a_file_is_refused(saved, tmp_path):
@@ -268,5 +332,5 @@ def test_a_copy_elsewhere_is_as_good(saved, tiny_config, tmp_path):
     _, path = saved
     shutil.copytree(path, tmp_path / "mine")
     other = fresh(tiny_config)
-    assert store.load_checkpoint(str(tmp_path / "mine"), other.model, other.optimizer) == STATE
+    assert load(tmp_path / "mine", other) == STATE
     assert store.step_of(str(path) + "/") == 3 and store.step_of("mine") is None

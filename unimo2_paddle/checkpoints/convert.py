@@ -6,6 +6,7 @@ arrays carry the authors' variable names, so converting changes no value, shape 
 """
 import json
 import os
+import re
 from typing import Dict, NamedTuple, Optional
 
 import numpy as np
@@ -231,12 +232,21 @@ def _from_bits(part):
 
 
 def write_safetensors(file, arrays):
-    """Write named arrays as a ``.safetensors`` file; the caller makes it appear at once (temporary directory, then rename)."""
+    """Write named arrays as a ``.safetensors`` file; the caller makes it appear at once (temporary directory, then rename).
+
+    Raises:
+        OSError: it cannot be written, for example on a full disk.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     # ascontiguousarray makes a scalar one-dimensional, so the shape is put back
     plain = {name: np.ascontiguousarray(a, a.dtype.newbyteorder("=")).reshape(a.shape) for name, a in arrays.items()}
-    save_file(plain, file, metadata={"format": "np"})
+    try:
+        save_file(plain, file, metadata={"format": "np"})
+    except SafetensorError as error:  # its own kind of error for the system's
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]), os.strerror(int(number[1])), file) if number else OSError(str(error)) from error
 
 
 def read_json(file):

@@ -159,6 +159,7 @@ class RunSection:
     log_every: int = 10
     save_every: int = 0             # 0: only at the end
     keep_last: int = 3
+    async_save: bool = True         # write checkpoints while training goes on; false: wait for each
     evaluate_at_end: bool = True
     early_stop: int = 0             # stop after so many evaluations without a better one; 0: never
     progress: bool = True

@@ -2,7 +2,6 @@
 import contextlib
 import math
 import os
-import shutil
 import time
 
 import numpy as np
@@ -10,6 +9,7 @@ import paddle
 from paddle import nn
 
 from unimo2_paddle.checkpoints import store
+from unimo2_paddle.checkpoints.background import Writer
 from unimo2_paddle.checkpoints.pretrained import save_pretrained
 from unimo2_paddle.config import load_run_config
 from unimo2_paddle.errors import CheckpointError, UserInputError
@@ -72,6 +72,7 @@ class Trainer:
         self.first_worker = self.shard.rank == 0
         self.best, self.stale = None, 0  # stale: judging evaluations since the best one
         self.stopped, self.done = None, 0
+        self.writer = Writer(config.run.async_save)
         self.average = None
         self.evaluators = task.evaluators()
 
@@ -79,6 +80,7 @@ class Trainer:
         if os.path.exists(self.output) and not os.path.isdir(self.output):
             raise UserInputError(f"run.output {self.output} is a file; give a directory")
         existing = store.complete_checkpoints(self.checkpoints)
+        self.passed_over, self.aside = [], []  # damaged checkpoints newer than the one resumed from; all that were set aside
         if resume == "none":
             if existing or os.path.isfile(os.path.join(self.output, "config.yaml")):
                 newest = f" (its newest complete checkpoint: {os.path.basename(existing[-1])})" if existing else ""
@@ -86,8 +88,13 @@ class Trainer:
                                      "run.output, or move the directory away; nothing is deleted")
             return None
         if resume == "auto":
-            return existing[-1] if existing else None
+            path, self.passed_over = store.newest_whole(self.checkpoints)
+            return path
         store.verify_checkpoint(resume)
+        if existing and os.path.dirname(os.path.realpath(resume)) != os.path.realpath(self.checkpoints):
+            raise UserInputError(f"run.output {self.output} already holds another run (its newest complete checkpoint: "
+                                 f"{os.path.basename(existing[-1])}); continue that one with --resume auto, or choose another run.output for "
+                                 f"the continuation of {resume}")
         return resume
 
     def run(self):
@@ -103,6 +110,9 @@ class Trainer:
         self.done, self.best, self.stale = state["step"], state["best"], state.get("stale", 0)
         if self.done > self.total:
             raise CheckpointError(f"{self.resume_path} is at step {self.done}, this run ends at step {self.total}; give it more steps")
+        if distributed.from_first(self.done, self.shard) != self.done:
+            raise CheckpointError(f"worker {self.shard.rank} resumed at step {self.done}, the first worker at another one: the workers see different "
+                                  f"files in {self.checkpoints}; give --resume a PATH that all of them see")
         self.bad = BadSteps(os.path.join(self.output, "bad_steps"), run.skip_bad_steps, state.get("bad_steps", 0), self.shard.rank)
         self.coverage = GradientCoverage(self.parameters, self.task.step_kinds())
         with contextlib.ExitStack() as exits:
@@ -114,7 +124,8 @@ class Trainer:
             exits.callback(self.log.close)
             self.status = exits.enter_context(Heartbeat(self.output, self.first_worker, task=self.config.task, workers=self.shard.world_size,
                                                         total_steps=self.total, step=self.done, best=self.best, bad_steps=self.bad.count))
-            self._announce(warning)
+            exits.callback(self.writer.close)
+            self._announce(warning, state)
             self.profiler = exits.enter_context(StepProfiler(run.profile, self.output, self.first_worker))
             self.signals = exits.enter_context(StopSignals())
             self._train(state.get("unjudged", False))
@@ -137,7 +148,7 @@ class Trainer:
         if optim.ema:
             self.average = WeightAverage(self.parameters, optim.ema)
         if self.resume_path:
-            state = store.load_checkpoint(self.resume_path, self.model, self.optimizer, self.average)
+            state = store.load_checkpoint(self.resume_path, self.model, self.optimizer, self.average, task=self.config.task, verified=True)
             self.precision.load_state_dict(state.get("scaler"))
             return state
         return {"step": 0, "data": None, "best": None}
@@ -153,21 +164,28 @@ class Trainer:
                     file.write(self.config.to_yaml())
             except OSError as error:
                 raise UserInputError(f"run.output {self.output} cannot be written: {error.strerror}; give another directory") from None
-        # a run that goes on has saved before; loaded accumulators cannot be written before the optimizer's first step has made them its own
-        if self.run_config.trial_save and not self.resume_path:
-            warning = trial_save(self.output, lambda directory: self._write_checkpoint(directory, 0), self.model, self.task.save_assets,
-                                 self.first_worker)
+        if self.run_config.trial_save and not self.resume_path:  # a run that goes on has saved before
+            snapshot = self._snapshot()
+            warning = trial_save(self.output, lambda directory: snapshot and store.write_snapshot(directory, 0, snapshot), self.model,
+                                 self.task.save_assets, self.first_worker)
         if self.first_worker:
             os.replace(path + ".tmp", path)
+            store.recover_directory(os.path.join(self.output, "best"))
+            self.aside = store.set_aside(self.checkpoints, self.done)
         distributed.barrier(self.shard)
         return warning
 
-    def _announce(self, warning):
+    def _announce(self, warning, state):
         count = sum(p.size for p in self.parameters)
         self.log.write(f"{self.config.task}: {int(count):,} parameters, {self.shard.world_size} worker(s), steps {self.done} to {self.total}, "
                        f"output {self.output}")
         if self.resume_path:
-            self.log.write(f"resumed from {self.resume_path}")
+            for problem in self.passed_over:
+                self.log.write(f"passed over: {problem}")
+            changes = store.changes_since(state, seed=self.run_config.seed, workers=self.shard.world_size)
+            self.log.write(f"resumed from {self.resume_path}" + (f" (written with {', '.join(changes)})" if changes else ""))
+            if self.aside:
+                self.log.write(f"later checkpoints are kept as {', '.join(self.aside)}")
         if warning:
             self.log.write(warning)
 
@@ -178,7 +196,10 @@ class Trainer:
         if unjudged:
             self._judge()
             self._save()
+        if self._stale_enough():
+            self.log.write(f"step {self.done}: the run has stopped early before; raise run.early_stop to go on")
         while self.done < self.total and not self._stale_enough():
+            self.writer.check()
             self.profiler.step(self.done + 1)
             stop = self._step()
             self.done += 1
@@ -193,10 +214,12 @@ class Trainer:
             if last or stop or self._stale_enough() or (run.save_every and self.done % run.save_every == 0):
                 self._save(unjudged=due and stop)
             if stop:
+                self.writer.wait()
                 self.stopped = self.signals.received or "another worker's signal"
                 self.log.write(f"{self.stopped}: stopped after step {self.done} of {self.total}, saved; resume with --resume auto")
                 self.status.tell(state="stopped", step=self.done)
                 return
+        self.writer.wait()
 
     def _tell(self, text):
         """Write a line for people, if there is one."""
@@ -317,35 +340,30 @@ class Trainer:
         return False
 
     def _save_best(self):
-        """Replace ``best/``: the new model is complete before the old one goes."""
-        best, fresh, old = (os.path.join(self.output, name) for name in ("best", ".best.new", ".best.old"))
-        if os.path.isdir(old) and not os.path.isdir(best):
-            os.rename(old, best)  # an earlier run ended between the two renames below
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        save_pretrained(self.model, fresh)
-        self.task.save_assets(fresh)
-        if os.path.isdir(best):
-            os.rename(best, old)
-        os.rename(fresh, best)
-        shutil.rmtree(old, ignore_errors=True)
+        """Replace ``best/``; always before the checkpoint that tells of it."""
+        with store.replaced_directory(os.path.join(self.output, "best")) as fresh:
+            save_pretrained(self.model, fresh)
+            self.task.save_assets(fresh)
 
-    def _write_checkpoint(self, directory, step, unjudged=False):
-        """Write the checkpoint of ``step`` below ``directory``; returns its path (``None`` on other workers than the first)."""
+    def _snapshot(self, unjudged=False):
+        """What a checkpoint of the steps done holds (``None`` on other workers than the first); all workers call this."""
         distributed.collect_state(self.optimizer)
         if not self.first_worker:
             return None
-        state = {"step": step, "data": self.batches.state_dict(), "best": self.best, "stale": self.stale, "bad_steps": self.bad.count,
-                 "unjudged": unjudged, "scaler": self.precision.state_dict()}
-        return store.save_checkpoint(directory, step, self.model, self.optimizer, state, self.run_config.keep_last, self.average)
+        state = {"step": self.done, "data": self.batches.state_dict(), "best": self.best, "stale": self.stale, "bad_steps": self.bad.count,
+                 "unjudged": unjudged, "scaler": self.precision.state_dict(), "task": self.config.task, "seed": self.run_config.seed,
+                 "workers": self.shard.world_size}
+        return store.take_snapshot(self.model, self.optimizer, state, self.average)
 
     def _save(self, unjudged=False):
         """Write the checkpoint of the steps done; ``unjudged``: an evaluation is due at this step and has not run."""
         self.status.tell(state="saving")
-        self._write_checkpoint(self.checkpoints, self.done, unjudged)
         if self.first_worker and self.best is None and self.done == self.total and not unjudged:
             with self._judged_weights():
                 self._save_best()  # nothing was judged: the last model is the best there is
+        snapshot = self._snapshot(unjudged)
+        if self.first_worker:
+            self.writer.submit(store.write_snapshot, self.checkpoints, self.done, snapshot, self.run_config.keep_last)
         distributed.barrier(self.shard)
         self.status.tell(state="running")
 
