@@ -4,6 +4,7 @@ tests/data/preprocess holds pictures and, as ``*.expected.png``, what the author
 of them before normalisation.
 """
 import io
+import re
 import struct
 import subprocess
 import sys
@@ -246,6 +247,89 @@ def test_a_decompression_bomb_is_refused_before_decoding(monkeypatch, width, hei
     monkeypatch.setattr(Image.Image, "convert", never)
     with pytest.raises(ImageError, match="bomb.png: .*(too large|more than the limit)"):
         decode_image(png_header(width, height), name="bomb.png")
+
+
+def png_chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def png_of(*chunks, idat=zlib.compress(bytes(10 * 31))):
+    return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 10, 10, 8, 2, 0, 0, 0)) + b"".join(chunks)
+            + png_chunk(b"IDAT", idat) + png_chunk(b"IEND", b""))
+
+
+def riff(*chunks):
+    body = b"WEBP" + b"".join(name + struct.pack("<I", len(content)) + content for name, content in chunks)
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def bombs():
+    """Small files that would fill memory or run for minutes: name -> (content, words of the error, "" for a picture all the same)."""
+    packed = zlib.compress(bytes(2 * 10**8), 1)  # 200 MB in 900 kB
+    progressive = stored(np.zeros((2048, 2048, 3), np.uint8), "JPEG", progressive=True)
+    scan = progressive[progressive.rindex(b"\xff\xda"):-2]
+    frame = progressive.index(b"\xff\xc2")
+    header = progressive[frame:frame + 2 + int.from_bytes(progressive[frame + 2:frame + 4], "big")]
+    huge, small = (header[:5] + struct.pack(">HH", size, size) + header[9:] for size in (60_000, 10))
+    (inner,) = [(b"VP8 ", stored(np.zeros((3000, 3000, 3), np.uint8), "WEBP", quality=1)[20:])]
+    canvas = b"\0" * 4 + (9).to_bytes(3, "little") * 2
+    gif = bytearray(stored(PALETTE, "GIF"))
+    gif[6:10] = struct.pack("<HH", 65535, 65535)
+    return {
+        "png whose 200 MB of data are for 300 bytes": (png_of(idat=packed), "more data than a picture of its size"),
+        "png with a colour profile of 200 MB": (png_of(png_chunk(b"iCCP", b"p\0\0" + packed)), "not a picture|header is damaged"),
+        "png with a text of 200 MB": (png_of(png_chunk(b"zTXt", b"p\0\0" + packed)), "not a picture|header is damaged"),
+        "png with 300 texts of 1 MB": (png_of(*[png_chunk(b"zTXt", b"p\0\0" + zlib.compress(bytes(10**6)))] * 300), "not a picture"),
+        "jpeg of 2000 scans": (progressive[:-2] + scan * 2000 + b"\xff\xd9", "more than 100 scans"),
+        "jpeg that is huge, then small": (progressive[:frame] + huge + small + progressive[frame + len(header):], "damaged|too large"),
+        "jpeg that is small, then huge": (progressive[:frame] + small + huge + progressive[frame + len(header):], "damaged|too large"),
+        "webp whose canvas hides a larger picture": (riff((b"VP8X", canvas), inner), "not a picture|damaged"),
+        "webp animation whose frame is larger than its canvas":
+            (riff((b"VP8X", b"\2" + canvas[1:]), (b"ANIM", bytes(6)),
+                  (b"ANMF", bytes(6) + (2999).to_bytes(3, "little") * 2 + bytes(4) + b"VP8 " + struct.pack("<I", len(inner[1])) + inner[1])),
+             "not a picture|damaged"),
+        "webp of 16383 x 16383": (riff((b"VP8L", b"\x2f" + (16382 | 16382 << 14).to_bytes(4, "little") + bytes(60))), "too large"),
+        "gif of 65535 x 65535": (bytes(gif), "too large"),
+        "bmp of 30000 x 30000": (stored(RGB, "BMP")[:18] + struct.pack("<ii", 30000, 30000) + stored(RGB, "BMP")[26:], "too large|more than the limit"),
+        "ppm without its 8000 x 8000 pixels": (b"P6 8000 8000 255\n", "damaged"),
+    }
+
+
+BOMBED = """
+import resource, sys, warnings
+warnings.simplefilter("ignore")
+from unimo2_paddle.data.images import decode_image
+from unimo2_paddle.errors import ImageError
+resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for path in sys.argv[1:]:
+    try:
+        print(decode_image(path).shape)
+    except ImageError as error:
+        print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) // 1024)
+"""
+
+
+def test_bombs_are_errors_in_bounded_time_and_memory(tmp_path):
+    """Decoded in a process that may use 30 s of a processor (unguarded, the scans alone take 100) and is asked for its memory."""
+    made = bombs()
+    for name, (content, _) in made.items():
+        (tmp_path / name).write_bytes(content)
+    result = subprocess.run([sys.executable, "-c", BOMBED, *(str(tmp_path / name) for name in made)], stdout=subprocess.PIPE,
+                            stderr=subprocess.DEVNULL, text=True)
+    assert result.returncode == 0, result.stdout
+    *errors, megabytes = result.stdout.splitlines()
+    for (name, (_, message)), error in zip(made.items(), errors):
+        assert re.search(message, error), (name, error)
+    assert len(errors) == len(made) and int(megabytes) < 500
+
+
+def test_noise_in_16_bits_and_interlaced_is_no_bomb():
+    noise = np.random.default_rng(0).integers(0, 65536, (64, 64, 4)).astype(np.uint16)
+    assert decode_image(stored_by_opencv(noise, ".png")).shape == (64, 64, 3)
+    tiny = cv2.imencode(".png", noise[:1, :1], [cv2.IMWRITE_PNG_COMPRESSION, 0])[1].tobytes()
+    assert decode_image(tiny).shape == (1, 1, 3)
 
 
 def test_the_size_limit_counts_pixels_and_can_be_moved():

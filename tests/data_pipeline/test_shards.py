@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import resource
 import tarfile
 
 import numpy as np
@@ -147,6 +148,49 @@ def test_bad_records_are_left_out_with_their_reason(tmp_path):
     assert len(ShardSet(path, "images", max_member_bytes=1500)) == 5  # a text that is not wanted cannot make a picture bad
 
 
+def raw_header(name, size, type=b"0"):
+    """A header block that declares any size, as no tar program would write it."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = b"\x80" + size.to_bytes(11, "big")
+    block[156:157] = type
+    block[148:156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:512]))
+    return bytes(block)
+
+
+def test_a_member_of_ten_gigabytes_is_left_out_unread_when_it_is_there_and_an_error_when_not(tmp_path):
+    path, size = str(tmp_path / "s.tar"), 10 << 30
+    first = open(make_tar(path, pair("good")), "rb").read()[:2560]
+    with open(path, "wb") as file:  # a file with a hole: its ten gigabytes are there and take no space
+        file.write(first + raw_header("huge.jpg", size))
+        file.seek(size, os.SEEK_CUR)
+        file.write(open(make_tar(tmp_path / "rest.tar", pair("last")), "rb").read())
+    bad, before = [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    records = ShardSet(path, "pairs", bad_record=lambda *record: bad.append(record))
+    assert [records.read(i).key for i in range(len(records))] == ["good", "last"]
+    assert len(bad) == 1 and f"{size} bytes, more than" in bad[0][2]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000, "kilobytes"
+    for declared in (size, 2**80):
+        with open(path, "wb") as file:
+            file.write(first + raw_header("huge.jpg", declared) + bytes(2048))
+        with pytest.raises(DataError, match="truncated tar: the member at byte 2560 needs"):
+            ShardSet(path, "pairs")
+    with open(path, "wb") as file:
+        file.write(first + raw_header("huge", size, b"x") + bytes(2048))
+    with pytest.raises(DataError, match="truncated|extended header"):
+        ShardSet(path, "pairs")
+
+
+@pytest.mark.parametrize("type", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+def test_links_devices_and_pipes_are_never_followed_or_opened(tmp_path, type):
+    odd = tarfile.TarInfo("odd.jpg")
+    odd.type, odd.linkname, odd.devmajor, odd.devminor = type, "../../etc/passwd", 1, 5
+    bad = []
+    path = make_tar(tmp_path / "s.tar", [*pair("good"), odd, ("odd.txt", b"t"), tarfile.TarInfo("folder.jpg/"), *pair("last")])
+    records = ShardSet(path, "pairs", bad_record=lambda *record: bad.append(record[1:]))
+    assert [records.read(i).key for i in range(len(records))] == ["good", "last"]
+    assert bad == [("odd", ".jpg is not a regular file")]
+
+
 @pytest.mark.parametrize("member,message", [
     (("k.txt", b"\xff\xfe"), "not UTF-8"), (("k.txt", b" \n \n"), "empty text"), (("k.json", b"{"), "not a JSON object"),
     (("k.json", b"[1]"), "not a JSON object"), (("k.json", b'{"caption": null}'), 'without a "caption"'),
@@ -252,6 +296,26 @@ def test_the_index_cache_replaces_the_scan_until_the_shard_changes(tmp_path, mon
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="cannot hold the shard indices"):
         ShardSet(path, "pairs", str(tmp_path / "file"))
+
+
+def test_workers_share_the_indexing_and_find_the_same_records(tmp_path, monkeypatch):
+    with ShardWriter(tmp_path, "p", 2) as writer:
+        for i in range(16):
+            writer.write(f"k{i}", texts=[str(i)])
+    scanned = []
+    real = shards.tar_members
+    monkeypatch.setattr(shards, "tar_members", lambda *args: scanned.append(args[2]) or real(*args))
+    pattern, cache, whole = str(tmp_path / "*.tar"), str(tmp_path / "cache"), ShardSet(str(tmp_path / "*.tar"), "texts")
+    assert scanned == whole.paths
+    for rank in range(3):
+        scanned.clear()
+        part = ShardSet(pattern, "texts", str(tmp_path / str(rank)), turn=(rank, 3))
+        assert scanned[0] == whole.paths[(0, 2, 5)[rank]] and sorted(scanned) == whole.paths
+        assert part.shard_lengths == whole.shard_lengths and [part.read(i) for i in range(16)] == [whole.read(i) for i in range(16)]
+    ShardSet(pattern, "texts", cache)
+    scanned.clear()
+    ShardSet(pattern, "texts", cache, turn=(1, 3))
+    assert not scanned
 
 
 def test_a_shard_that_changes_under_the_reader_is_an_error(tmp_path):

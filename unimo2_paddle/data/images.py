@@ -18,6 +18,9 @@ from unimo2_paddle.errors import ImageError
 # Largest picture decoded by default: 8192 x 8192, 192 MB as RGB. Whatever is asked, Pillow stops at 179 million pixels.
 MAX_PIXELS = 2 ** 26
 
+# A progressive JPEG has about 10 scans, each of which decodes the whole picture again; a file of half a megabyte can hold thousands.
+_MAX_SCANS = 100
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
@@ -45,6 +48,10 @@ def decode_image(path_or_bytes, exif=True, max_pixels=MAX_PIXELS, name=None):
     if header.format in ("JPEG", "MPO") and not _has_jpeg_end(data):
         # OpenCV would fill what is missing with grey and report nothing.
         raise ImageError(f"{name}: truncated JPEG (no end marker); fetch the file again or remove it")
+    if header.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > _MAX_SCANS:
+        raise ImageError(f"{name}: a JPEG of more than {_MAX_SCANS} scans, which would take minutes to decode; remove it or store it anew")
+    if header.format == "PNG" and _png_data_bytes(data) > _most_png_bytes(header.size):
+        raise ImageError(f"{name}: a PNG with more data than a picture of its size has; remove it or store it anew")
     if _needs_pillow(header):
         image = _decode_with_pillow(header, name)
     else:
@@ -242,6 +249,25 @@ def _has_jpeg_end(data):
             position += 2
         else:
             position += 2 + int.from_bytes(data[position + 2:position + 4], "big")
+
+
+def _png_data_bytes(data):
+    """How many bytes the compressed picture of a PNG file has."""
+    position, total = 8, 0
+    while position + 8 <= len(data):
+        length = int.from_bytes(data[position:position + 4], "big")
+        total += length if data[position + 4:position + 8] == b"IDAT" else 0
+        position += 12 + length
+    return total
+
+
+def _most_png_bytes(size):
+    """What an incompressible picture takes: 16-bit RGBA, a filter byte per row, twice that for interlacing and poor compressors.
+
+    What comes after the last row is unpacked by OpenCV although nobody sees it, and unpacking multiplies it by up to 1000.
+    """
+    width, height = size
+    return 2 * height * (8 * width + 16) + (1 << 16)
 
 
 def _needs_pillow(header):
