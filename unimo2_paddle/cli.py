@@ -123,7 +123,7 @@ def build_parser():
     sub.add_argument("--config", metavar="JSON", help="model config to store with the weights; default: the source's, or worked out from the shapes")
     sub = command("inspect", _inspect, "Print names, shapes, sizes and the fitting config of a checkpoint.")
     sub.add_argument("path", help="checkpoint directory or file")
-    sub = command("init", _init, "Initialise a UNIMO-2 model from PaddleNLP RoBERTa and PaddleClas ViT weights.")
+    sub = command("init", _init, "Initialise a UNIMO-2 or UNIMO model from PaddleNLP RoBERTa (and PaddleClas ViT) weights.")
     sub.add_argument("--to", dest="target", required=True, metavar="DIR", help="directory to write (must not exist)")
     sub.add_argument("--config", required=True, help="model config (JSON) of the model to write")
     sub.add_argument("--roberta", metavar="FILE", help="RoBERTa weights of PaddleNLP (.pdparams or its directory)")

@@ -10,7 +10,7 @@ from unimo2_paddle.checkpoints.initialise import initialise
 from unimo2_paddle.checkpoints.pretrained import from_pretrained
 from unimo2_paddle.checkpoints.released import parameter_arrays
 from unimo2_paddle.errors import CheckpointError
-from unimo2_paddle.models.configuration import Unimo2Config
+from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig
 
 LAYERS, HIDDEN, HEADS, VOCABULARY, PIXELS = 2, 24, 4, 50, 48
 
@@ -99,6 +99,31 @@ def test_roberta_states_equal_ours_in_text_and_grounded_encoder(roberta, tmp_pat
     visible = paddle.matmul(mask.unsqueeze(2), mask.unsqueeze(1))
     assert np.abs(model.grounded_encoder(embedded, visible).numpy() - expected)[real].max() < 1e-5
     assert "text encoder (2 of 2 layers)" in summary and "grounded.pooled_fc_text.w_0" in summary
+
+
+def unimo_config(**changes):
+    return UnimoConfig(**{**dict(hidden_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS, vocab_size=VOCABULARY,
+                                 max_position_embeddings=20, image_embedding_size=6), **changes})
+
+
+def test_roberta_states_and_words_equal_unimo_s(roberta, tmp_path):
+    theirs, directory = roberta
+    summary = initialise(str(tmp_path / "new"), unimo_config(), roberta=directory)
+    model = from_pretrained(str(tmp_path / "new"))
+    ids, positions, mask = text_batch()
+    expected = theirs.roberta(ids, attention_mask=(mask - 1.0).unsqueeze([1, 2]) * 1e4)[0]
+    found = model(input_ids=ids, position_ids=positions, text_mask=mask).text_states
+    assert np.abs((found - expected).numpy())[mask.numpy() > 0].max() < 1e-5
+    assert np.abs(model.mlm_logits(expected[0]).numpy() - theirs.lm_head(expected[0]).numpy()).max() < 1e-5
+    assert "encoder (2 of 2 layers)" in summary and "image_emb.w_0" in summary
+
+
+def test_unimo_takes_no_vit_and_checks_roberta_s_heads(roberta, vit, tmp_path):
+    with pytest.raises(CheckpointError, match="UNIMO has no visual Transformer"):
+        initialise(str(tmp_path / "new"), unimo_config(), vit=vit[1])
+    with pytest.raises(CheckpointError, match="num_attention_heads is 4, needed is 2"):
+        initialise(str(tmp_path / "new"), unimo_config(num_attention_heads=2), roberta=roberta[1])
+    assert not (tmp_path / "new").exists()
 
 
 def test_masked_word_head_equals_roberta_s(roberta, tmp_path):

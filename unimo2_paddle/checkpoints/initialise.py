@@ -1,4 +1,4 @@
-"""A UNIMO-2 model whose encoders start from PaddleNLP's RoBERTa and PaddleClas' ViT weights (``unimo2 init``).
+"""A UNIMO-2 or UNIMO model that starts from PaddleNLP's RoBERTa and, UNIMO-2, PaddleClas' ViT weights (``unimo2 init``).
 
 Decisions, each where the two worlds differ:
 
@@ -14,9 +14,11 @@ Decisions, each where the two worlds differ:
   are taken as they are: they see the same picture 7 pixels further down and right, which pre-training absorbs. Epsilon is
   1e-12 in the authors' ViT and 1e-6 in PaddleClas': outputs differ by about 1e-6.
 - **Position grid.** A table for another grid (384-pixel weights have 24 x 24) is resized bicubically, as the model itself does.
+- **UNIMO** has one encoder, which gets RoBERTa's layers; its region embedding keeps initial values.
 - Poolers, matching head, codebook, the grounded tokens' norm and temperatures have no counterpart: they keep initial values.
 """
 import os
+from typing import Dict, NamedTuple
 
 import numpy as np
 
@@ -24,7 +26,7 @@ from unimo2_paddle.checkpoints.convert import locate, read_json, write_checkpoin
 from unimo2_paddle.checkpoints.pdparams import read_pdparams
 from unimo2_paddle.checkpoints.released import parameter_arrays
 from unimo2_paddle.errors import CheckpointError
-from unimo2_paddle.models.configuration import Unimo2Config
+from unimo2_paddle.models.configuration import Unimo2Config, load_config
 
 _ROBERTA_LINEARS = {
     "self_attn.q_proj": "multi_head_att_query_fc", "self_attn.k_proj": "multi_head_att_key_fc",
@@ -42,7 +44,7 @@ def initialise(target, config, roberta=None, vit=None, seed=1, roberta_vocab=Non
 
     Args:
         target: directory to create; it must not exist.
-        config: ``Unimo2Config`` or path of its JSON file: the model to write.
+        config: ``Unimo2Config``, ``UnimoConfig`` or path of its JSON file: the model to write.
         roberta: PaddleNLP RoBERTa weights, ``.pdparams`` or a directory with ``model_state.pdparams``.
         vit: PaddleClas VisionTransformer weights, ``.pdparams``.
         seed: of the parameters that no source provides.
@@ -59,23 +61,24 @@ def initialise(target, config, roberta=None, vit=None, seed=1, roberta_vocab=Non
         raise CheckpointError("nothing to start from: give RoBERTa weights (--roberta), ViT weights (--vit) or both")
     if os.path.lexists(target):
         raise CheckpointError(f"{target} exists already; nothing is overwritten. Choose another path or move it away.")
-    if not isinstance(config, Unimo2Config):
-        config = Unimo2Config.from_json(config)
+    config = load_config(config)
+    rooms = _rooms(config)
+    if vit is not None and not isinstance(config, Unimo2Config):
+        raise CheckpointError("UNIMO has no visual Transformer, its images are detector regions: leave --vit out")
     language = None if roberta is None else _read_weights(roberta, "roberta.")
     visual = None if vit is None else _read_weights(vit)
     initial = _random_parameters(config, seed)
     new, report, problems = {}, [], []
     if language is not None:
         path, arrays = language
-        _check_roberta_config(path, config, problems)
-        new.update(_roberta_parameters(path, arrays, config, problems))
+        _check_roberta_config(path, config, rooms, problems)
+        new.update(_roberta_parameters(path, arrays, rooms, problems))
         rows, how = _row_order(path, roberta_vocab, vocab_file, encoder_json)
-        for name in ("text.word_embedding", "grounded.mask_lm_out_fc.b_0"):
+        for name in (f"{rooms.embeddings}word_embedding", f"{rooms.head}mask_lm_out_fc.b_0"):
             if rows is not None and name in new:
                 new[name] = _reordered(name, new[name], initial[name], rows, problems)
-        text, grounded = (_layers_used(arrays, "encoder.layers.", layers)
-                          for layers in (config.text_enc_layers, config.grounding_enc_layers))
-        report.append(f"text encoder ({text}) and grounded encoder ({grounded}) from {path}; {how}")
+        used = [f"{title} ({_layers_used(arrays, 'encoder.layers.', layers)})" for title, (_, layers) in rooms.encoders.items()]
+        report.append(f"{' and '.join(used)} from {path}; {how}")
     if visual is not None:
         path, arrays = visual
         new.update(_vit_parameters(path, arrays, config, problems))
@@ -99,11 +102,27 @@ def initialise(target, config, roberta=None, vit=None, seed=1, roberta_vocab=Non
 def _random_parameters(config, seed):
     import paddle
 
+    from unimo2_paddle.models.unimo import UnimoModel
     from unimo2_paddle.models.unimo2 import Unimo2Model
 
     paddle.seed(seed)
     with paddle.utils.unique_name.guard():
-        return parameter_arrays(Unimo2Model(config))
+        return parameter_arrays((Unimo2Model if isinstance(config, Unimo2Config) else UnimoModel)(config))
+
+
+class _Rooms(NamedTuple):
+    """Where RoBERTa's weights go in a system: prefixes of the embeddings and the masked-word head, and ``{title: (prefix, layers)}``."""
+
+    embeddings: str
+    head: str
+    encoders: Dict[str, tuple]
+
+
+def _rooms(config):
+    if isinstance(config, Unimo2Config):
+        return _Rooms("text.", "grounded.", {"text encoder": ("text.", config.text_enc_layers),
+                                             "grounded encoder": ("grounded.", config.grounding_enc_layers)})
+    return _Rooms("", "", {"encoder": ("", range(config.num_hidden_layers))})
 
 
 def _read_weights(path, prefix=""):
@@ -141,41 +160,43 @@ def _layers_used(arrays, prefix, used):
 # ---- RoBERTa ----
 
 
-def _check_roberta_config(path, config, problems):
+def _check_roberta_config(path, config, rooms, problems):
     """Compare with the model what the weights' own config.json says and shapes cannot show."""
     file = os.path.join(os.path.dirname(path), "config.json")
     if not os.path.exists(file):
         return
     stored = read_json(file)
-    for key, wanted, why in (
-            ("num_attention_heads", config.text_num_attention_heads, "text_num_attention_heads of the model"),
-            ("num_attention_heads", config.num_attention_heads, "num_attention_heads of the model's grounded encoder"),
-            ("hidden_act", config.text_hidden_act, "text_hidden_act of the model"),
-            ("pad_token_id", 1, "with it positions start at 2, as they do here")):
-        if key in stored and stored[key] != wanted:
-            problems.append(f"{file}: {key} is {stored[key]!r}, needed is {wanted!r} ({why})")
+    prefix = rooms.embeddings.replace(".", "_")  # of the config's keys: text_ in UNIMO-2, none in UNIMO
+    wanted = [("num_attention_heads", getattr(config, f"{prefix}num_attention_heads"), f"{prefix}num_attention_heads of the model"),
+              ("hidden_act", getattr(config, f"{prefix}hidden_act"), f"{prefix}hidden_act of the model"),
+              ("pad_token_id", 1, "with it positions start at 2, as they do here")]
+    if "grounded encoder" in rooms.encoders:
+        wanted.insert(1, ("num_attention_heads", config.num_attention_heads, "num_attention_heads of the model's grounded encoder"))
+    problems += [f"{file}: {key} is {stored[key]!r}, needed is {value!r} ({why})"
+                 for key, value, why in wanted if key in stored and stored[key] != value]
 
 
-def _roberta_parameters(path, arrays, config, problems):
-    names = {"embeddings.word_embeddings.weight": "text.word_embedding",
-             "embeddings.position_embeddings.weight": "text.pos_embedding",
-             "embeddings.layer_norm.weight": "text.pre_encoder_layer_norm_scale",
-             "embeddings.layer_norm.bias": "text.pre_encoder_layer_norm_bias"}
+def _roberta_parameters(path, arrays, rooms, problems):
+    text, head = rooms.embeddings, rooms.head
+    names = {"embeddings.word_embeddings.weight": f"{text}word_embedding",
+             "embeddings.position_embeddings.weight": f"{text}pos_embedding",
+             "embeddings.layer_norm.weight": f"{text}pre_encoder_layer_norm_scale",
+             "embeddings.layer_norm.bias": f"{text}pre_encoder_layer_norm_bias"}
     if "lm_head.dense.weight" in arrays:
         bias = "lm_head.bias" if "lm_head.bias" in arrays else "lm_head.decoder.bias"
-        names.update({"lm_head.dense.weight": "grounded.mask_lm_trans_fc.w_0",
-                      "lm_head.dense.bias": "grounded.mask_lm_trans_fc.b_0",
-                      "lm_head.layer_norm.weight": "grounded.mask_lm_trans_layer_norm_scale",
-                      "lm_head.layer_norm.bias": "grounded.mask_lm_trans_layer_norm_bias", bias: "grounded.mask_lm_out_fc.b_0"})
+        names.update({"lm_head.dense.weight": f"{head}mask_lm_trans_fc.w_0",
+                      "lm_head.dense.bias": f"{head}mask_lm_trans_fc.b_0",
+                      "lm_head.layer_norm.weight": f"{head}mask_lm_trans_layer_norm_scale",
+                      "lm_head.layer_norm.bias": f"{head}mask_lm_trans_layer_norm_bias", bias: f"{head}mask_lm_out_fc.b_0"})
     new = _take(path, arrays, names, problems)
-    for room, layers in (("text", config.text_enc_layers), ("grounded", config.grounding_enc_layers)):
+    for prefix, layers in rooms.encoders.values():
         for layer in layers:
-            names = _layer_names(f"encoder.layers.{layer}", f"{room}.encoder_layer_{layer}", _ROBERTA_LINEARS, _ROBERTA_NORMS)
+            names = _layer_names(f"encoder.layers.{layer}", f"{prefix}encoder_layer_{layer}", _ROBERTA_LINEARS, _ROBERTA_NORMS)
             new.update(_take(path, arrays, names, problems))
-    types, positions = arrays.get("embeddings.token_type_embeddings.weight"), new.get("text.pos_embedding")
+    types, positions = arrays.get("embeddings.token_type_embeddings.weight"), new.get(f"{text}pos_embedding")
     if types is not None and positions is not None:
         if types.ndim == positions.ndim == 2 and len(types) and types.shape[1] == positions.shape[1]:
-            new["text.pos_embedding"] = positions + types[0]
+            new[f"{text}pos_embedding"] = positions + types[0]
         else:
             problems.append(f"{path}: token types {list(types.shape)} and positions {list(positions.shape)} do not match")
     return new
