@@ -3,6 +3,7 @@ import argparse
 import sys
 
 import unimo2_paddle
+from unimo2_paddle.augment.command import add_arguments as add_augment_arguments
 from unimo2_paddle.data.region_command import add_arguments as add_feature_arguments
 from unimo2_paddle.errors import Unimo2Error, UserInputError
 from unimo2_paddle.runtime import import_paddle, prepare_process
@@ -62,6 +63,12 @@ def _features(args):
     from unimo2_paddle.data.region_command import run
 
     print(run(args))
+
+
+def _augment(args):
+    from unimo2_paddle.augment.command import augment
+
+    augment(args)
 
 
 def _demo_data(args):
@@ -134,6 +141,8 @@ def build_parser():
     sub.add_argument("--encoder-json", metavar="FILE", help="the authors' encoder.json (with --roberta-vocab)")
 
     add_feature_arguments(command("features", _features, "Import detectors' region features into a memory-mapped store, or show a store."))
+    add_augment_arguments(command("augment", _augment, "Rewrite captions and retrieve related pictures and texts for contrastive learning."))
+
     sub = command("demo-data", _demo_data, "Write the generated coloured-shape corpora in the real file formats.")
     sub.add_argument("--out", required=True, metavar="DIR", help="directory to write (must not exist or be a demo directory)")
     sub.add_argument("--size", type=int, default=4000, metavar="N", help="number of training pairs; default: 4000")

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 
-TASKS = ("captioning", "classes", "entailment", "glue", "vqa")
+TASKS = ("captioning", "classes", "entailment", "glue", "rewrites", "vqa")
 
 
 def write_demo_tasks(out):
