@@ -137,9 +137,7 @@ class SceneParser:
         words = [(match.group().lower(), match.start(), match.end()) for match in _WORD.finditer(text)]
         if not words:
             return []
-        tags = [tag for _, tag in self._tag(" ".join(word for word, _, _ in words), tokenize=False)]
-        if len(tags) != len(words):  # the tagger splits some symbols; they carry no content
-            tags = [self._tag(word, tokenize=False)[0][1] for word, _, _ in words]
+        tags = [tag for _, tag in self._tag([word for word, _, _ in words])]
         units, i = [], 0
         while i < len(words):
             word, start, end = words[i]
@@ -296,10 +294,10 @@ def verb_stem(verb):
 
 @functools.lru_cache(maxsize=1)
 def _load_tagger():
-    """(tag, singularize) of TextBlob; imported on first use because NLTK behind it takes seconds."""
+    """(function: list of words -> (word, tag) pairs, singularize) of TextBlob; imported on first use because NLTK behind it takes seconds."""
     try:
-        from textblob.en import tag
+        from textblob.en import parser
         from textblob.en.inflect import singularize
     except ImportError:
         raise UserInputError("rewriting captions needs TextBlob for parts of speech: pip install textblob (pinned in requirements.txt)") from None
-    return tag, functools.lru_cache(maxsize=100000)(singularize)
+    return parser.find_tags, functools.lru_cache(maxsize=100000)(singularize)

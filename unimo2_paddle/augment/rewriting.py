@@ -125,11 +125,14 @@ class Rewriter:
         """Up to ``negatives`` versions of the caption, each with one slot replaced; slots are visited in turns."""
         slots = [slot for slot in self._slots(scene) if slot.level == level]
         slots, found = [slots[i] for i in rng.permutation(len(slots))], []
-        pools = [list(self._drawn(slot, known, rng)) for slot in slots]
+        pools = {}
         for turn in range(_CHOICES):
-            for slot, pool in zip(slots, pools):
+            for slot in slots:
                 if len(found) == self.options.negatives:
                     return found
+                if turn == 0:
+                    pools[slot] = self._drawn(slot, known, rng)
+                pool = pools[slot]
                 if turn < len(pool):
                     text = _replace(scene.text, slot, pool[turn])
                     if tuple(words(text)) not in made and known.differs(text):

@@ -57,7 +57,7 @@ def open_column(directory, name):
     try:
         ends = open_array(directory, name + ".ends.npy")
         size = os.path.getsize(path + ".bytes")
-        data = np.memmap(path + ".bytes", np.uint8, "r") if size else np.zeros(0, np.uint8)
+        data = np.asarray(np.memmap(path + ".bytes", np.uint8, "r")) if size else np.zeros(0, np.uint8)
     except OSError as error:
         raise DataError(f"{path}.bytes: cannot be read: {error.strerror or error}; build this index again") from None
     if size != (int(ends[-1]) if len(ends) else 0):
@@ -73,6 +73,6 @@ def open_array(directory, name):
     """
     path = os.path.join(directory, name)
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # still mapped, without memmap's costly slices
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'damaged'}); build this index again") from None
