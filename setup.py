@@ -26,6 +26,8 @@ EXTRAS_REQUIRE = {
     "gpu": ["paddlepaddle-gpu>=2.6.2,<3.4"],
     # paddlenlp 2.8.1 does not declare the upper bounds it needs to be importable.
     "pretrained": ["paddlenlp==2.8.1", "paddleclas==2.6.0", "huggingface-hub<1", "aistudio-sdk<0.3", "pyarrow<26"],
+    # faiss only makes `unimo2 augment retrieve` faster; textblob is what parses captions.
+    "augment": ["textblob>=0.17,<0.21", "faiss-cpu>=1.7.4"],
     "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"],
 }
 
