@@ -152,6 +152,16 @@ def test_a_line_file_is_cut_into_blocks_that_keep_the_line_numbers(tmp_path, mon
     assert len(bad) == 1 and bad[0][0] == "5" and "captions.txt:6: not UTF-8" in bad[0][1]
 
 
+def test_too_many_bad_records_stop_the_step_and_are_listed(run, unimo2, tmp_path):
+    (tmp_path / "captions.txt").write_bytes(b"a dog on a bench\n" * 190 + b"\xff\n" * 10)
+    arguments = ("index", "--source", tmp_path / "captions.txt", "--format", "lines", "--out", tmp_path / "out")
+    outcome = unimo2("augment", *arguments)
+    assert outcome.status == 2 and "--max-bad-ratio" in outcome.err
+    listed = (tmp_path / "out" / "bad_records.jsonl").read_text().splitlines()
+    assert 1 <= len(listed) <= 10 and json.loads(listed[0])["key"] == "190"
+    assert unimo2("augment", *arguments, "--max-bad-ratio", "0.1").status == 0
+
+
 def test_karpathy_and_coco_files_are_sources(tmp_path):
     picture = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
     (tmp_path / "a.jpg").write_bytes(picture)

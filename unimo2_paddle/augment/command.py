@@ -58,6 +58,7 @@ def _add_source(parser, required=True):
 def _add_output(parser):
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write; an unfinished one is continued")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="do every N-th input shard from number I on (N processes share the work); default: 0/1")
+    parser.add_argument("--max-bad-ratio", type=float, default=0.01, help="stop when more of an input shard's records are bad; default: 0.01")
 
 
 def augment(args):
@@ -80,7 +81,7 @@ def _source(args, kind):
 def _index(args):
     from unimo2_paddle.augment.parts import ProcessShare
 
-    share = ProcessShare(args.shard)
+    share = ProcessShare(args.shard, args.max_bad_ratio)
     if bool(args.features) != bool(args.keys):
         raise UserInputError("--features and --keys go together")
     if args.features:
@@ -112,7 +113,7 @@ def _rewrite(args):
     from unimo2_paddle.augment.text_index import TextIndex
 
     levels = tuple(level.strip() for level in args.levels.split(",") if level.strip())
-    options, share = RewriteOptions(levels, args.negatives, args.positives, args.seed), ProcessShare(args.shard)
+    options, share = RewriteOptions(levels, args.negatives, args.positives, args.seed), ProcessShare(args.shard, args.max_bad_ratio)
     shards, index = _source(args, "texts").shards(), TextIndex(args.index)
     paraphrases = [ParaphraseFile(path) for path in args.paraphrases]
     rewriter = Rewriter(SceneParser(index.lexicon()), index, paraphrases, options)
@@ -126,7 +127,7 @@ def _retrieve(args):
     from unimo2_paddle.augment.retrieval import WHAT, EmbeddingIndex, EmbeddingSearch, RetrieveOptions, TextSearch, retrieve_part
     from unimo2_paddle.augment.text_index import TextIndex
 
-    options, share = RetrieveOptions(args.top, args.own_captions), ProcessShare(args.shard)
+    options, share = RetrieveOptions(args.top, args.own_captions), ProcessShare(args.shard, args.max_bad_ratio)
     settings = {"what": "neighbours", "top": options.top, "own_captions": options.own_captions}
     if read_manifest(args.index, "index")["what"] == WHAT:
         if not args.queries or args.source:

@@ -22,16 +22,19 @@ MANIFEST, SETTINGS = "manifest.json", "settings.json"
 
 
 class ProcessShare:
-    """Which input shards this process works on: every ``count``-th, from ``index`` on.
+    """Which input shards this process works on (every ``count``-th, from ``index`` on) and how many bad records it puts up with.
 
     Args:
-        text: "i/n" with 0 <= i < n.
+        text: "i/n" with 0 <= i < n; max_bad_ratio: share of bad records of an input shard above which it stops.
 
     Raises:
-        UserInputError: it is not.
+        UserInputError: they are not.
     """
 
-    def __init__(self, text="0/1"):
+    def __init__(self, text="0/1", max_bad_ratio=0.01):
+        if not 0 <= max_bad_ratio <= 1:
+            raise UserInputError(f"--max-bad-ratio {max_bad_ratio}: must be between 0 and 1")
+        self.max_bad_ratio = max_bad_ratio
         match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         self.index, self.count = (int(match.group(1)), int(match.group(2))) if match else (1, 0)
         if self.index >= self.count:
@@ -113,12 +116,12 @@ class Parts:
                     bar.update(shard.records)
                     kept += 1
                     continue
-                self._make(shard, make, bar)
+                self._make(shard, make, bar, share.max_bad_ratio)
                 made += 1
         return made, kept
 
-    def _make(self, shard, make, bar):
-        bad = BadRecords(os.path.join(self.directory, "bad_records.jsonl"), max_ratio=0.01)
+    def _make(self, shard, make, bar, max_bad_ratio):
+        bad = BadRecords(os.path.join(self.directory, "bad_records.jsonl"), max_bad_ratio, "--max-bad-ratio")
         temporary = {}
 
         def target(ending):
@@ -126,8 +129,8 @@ class Parts:
             return temporary[ending]
 
         def records():
-            for record in shard.read(bad=lambda key, reason: bad.note(shard.name, key, reason)):
-                bad.seen += 1
+            for record in shard.read(bad=lambda key, reason: (bad.saw(), bad.note(shard.name, key, reason))):
+                bad.saw()
                 yield record
                 bar.update(1)
 
