@@ -9,7 +9,7 @@ import pytest
 from unimo2_paddle.config import build
 from unimo2_paddle.data import remote_shards
 from unimo2_paddle.data.mixture import Batches, MixturePlan
-from unimo2_paddle.data.pretrain_batches import BadRecords, PretrainData, open_sources
+from unimo2_paddle.data.pretrain_batches import BadRecords, PretrainData, lookahead_for, open_sources
 from unimo2_paddle.data.remote_shards import ShardCache
 from unimo2_paddle.data.shards import EpochOrder, ShardSet, ShardWriter, expand_shards
 from unimo2_paddle.errors import DataError
@@ -200,3 +200,45 @@ def test_a_command_is_ended_with_its_children_when_it_stalls(tmp_path):
         ShardSet(f"pipe:(sleep 0.8; touch {tmp_path}/late) | cat", "texts", remote=cache(tmp_path, stall=0.2))
     time.sleep(1)
     assert not (tmp_path / "late").exists()
+
+
+def test_shards_of_the_next_window_are_fetched_before_they_are_needed(remote, tmp_path):
+    problems = []
+    data = build(PretrainData, {"vocab": "v", "texts": [{"shards": remote}], "allow_pipe": True, "shard_cache": str(tmp_path / "cache"),
+                                "shuffle_window": 5}, "data", problems)
+    readers, orders = open_sources(data, ["texts"], 1, BadRecords(str(tmp_path / "bad.jsonl"), 0.01))
+    order, paths = orders["texts"][0][1], readers["texts"][0].paths
+    remote_shards._handles.clear()
+    for name in copies(tmp_path):
+        os.remove(tmp_path / "cache" / name)
+    batches = Batches(MixturePlan(orders, {"texts": 1.0}, {"texts": 5}, 1), lambda draw: {}, 0, lookahead_for(readers, orders))
+
+    def present():
+        return {path for path in paths if os.path.exists(readers["texts"][0].remote._file(path, ".tar"))}
+
+    try:
+        for windows in ((0, 1), (0, 1, 2), (0, 1, 2, 3)):
+            next(batches)
+            wanted = {paths[shard] for window in windows for shard in order.shards(0, window)}
+            end = time.time() + 20
+            while present() != wanted and time.time() < end:
+                time.sleep(0.02)
+            assert present() == wanted
+    finally:
+        batches.close()
+
+
+def test_the_lookahead_leaves_errors_to_those_who_need_the_shard(remote, tmp_path):
+    records = ShardSet(remote, "texts", str(tmp_path / "index"), remote=cache(tmp_path))
+    for name in copies(tmp_path):
+        os.remove(tmp_path / "cache" / name)
+    os.remove(tmp_path / "far" / "t-00001.tar")
+    lookahead = remote_shards.Lookahead({("texts", 0): (records, EpochOrder([5] * 4, 1, 20))})
+    lookahead({"texts": [0]})
+    end = time.time() + 20
+    while len(copies(tmp_path)) < 3 and time.time() < end:
+        time.sleep(0.02)
+    assert len(copies(tmp_path)) == 3 and lookahead._thread.is_alive()
+    lookahead.close()
+    lookahead._thread.join(20)
+    assert not lookahead._thread.is_alive()

@@ -366,6 +366,19 @@ def test_an_epoch_reads_every_record_exactly_once(lengths, seed, epoch, window):
     assert [other.index(epoch, position) for position in reversed(range(len(order)))] == read[::-1]
 
 
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(0, 20), min_size=1, max_size=8).filter(any), window=st.integers(1, 40))
+def test_the_windows_of_an_epoch_name_the_shards_they_read_and_follow_each_other(lengths, window):
+    order = EpochOrder(lengths, 5, window)
+    ends, at = np.cumsum(lengths), (2, 0)
+    for position in range(0, len(order), window):
+        assert order.window_of(2, position) == at
+        read = {int(np.searchsorted(ends, order.index(2, p), side="right")) for p in range(position, min(position + window, len(order)))}
+        assert set(order.shards(*at)) == read
+        at = order.window_after(*at)
+    assert at == (3, 0)
+
+
 def test_orders_differ_between_seeds_and_epochs_and_mix_whole_windows():
     lengths = [50] * 20
     orders = {(seed, epoch): tuple(EpochOrder(lengths, seed, 200).index(epoch, position) for position in range(1000))

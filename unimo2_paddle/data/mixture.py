@@ -116,16 +116,22 @@ class Batches:
 
     ``next(batches)`` gives one micro-batch; ``state_dict()`` is the position after the last whole step that was taken out, whatever
     has been prefetched; ``close()`` ends the worker processes. Errors: see ``WorkerPool``.
+
+    Args:
+        plan: ``MixturePlan``; build: function of a ``Draw``; num_workers: worker processes, 0: batches are built by the caller.
+        lookahead: ``Lookahead`` that is told how far the plan is, or None.
     """
 
-    def __init__(self, plan, build, num_workers=0):
-        self.plan, self.build = plan, build
+    def __init__(self, plan, build, num_workers=0, lookahead=None):
+        self.plan, self.build, self._lookahead = plan, build, lookahead
         self._states, self._taken, self._state = deque(), 0, plan.state_dict()
         self._draws = self._next_draws()
         self._pool = WorkerPool(build, self._draws, num_workers, _describe) if num_workers else None
 
     def _next_draws(self):
         while True:
+            if self._lookahead is not None:
+                self._lookahead(self.plan.read)
             draws = self.plan.next_step()
             self._states.append(self.plan.state_dict())
             yield from draws
@@ -150,6 +156,8 @@ class Batches:
 
     def close(self):
         """End the worker processes, if there are any."""
+        if self._lookahead is not None:
+            self._lookahead.close()
         if self._pool is not None:
             self._pool.close()
 

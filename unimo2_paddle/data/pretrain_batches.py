@@ -12,7 +12,7 @@ from unimo2_paddle.data.collate import PAD_POSITION, flat_positions, pad, text_a
 from unimo2_paddle.data.images import Augmentation, augment_image, decode_image
 from unimo2_paddle.data.masking import mask_spans, sequence_fragments
 from unimo2_paddle.data.mixture import CORPORA, ORDER_DRAW, STEP_DRAW, generator
-from unimo2_paddle.data.remote_shards import ShardCache, is_remote
+from unimo2_paddle.data.remote_shards import Lookahead, ShardCache, is_remote
 from unimo2_paddle.data.shards import EpochOrder, ShardSet
 from unimo2_paddle.data.workers import note, process_number
 from unimo2_paddle.errors import DataError
@@ -98,6 +98,12 @@ def open_sources(data, corpora, seed, bad_records, list_bad=True, turn=(0, 1)):
             readers[corpus].append(reader)
             orders[corpus].append((source.weight, EpochOrder(reader.shard_lengths, order_seed, data.shuffle_window)))
     return readers, orders
+
+
+def lookahead_for(readers, orders):
+    """The ``Lookahead`` over what :func:`open_sources` gave."""
+    return Lookahead({(corpus, number): (reader, orders[corpus][number][1])
+                      for corpus in readers for number, reader in enumerate(readers[corpus])})
 
 
 class BadRecords:

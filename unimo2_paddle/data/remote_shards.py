@@ -10,10 +10,12 @@ import fcntl
 import hashlib
 import json
 import os
+import queue
 import select
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -83,13 +85,23 @@ class ShardCache:
             try:
                 handle = _Handle(self._opened(shard))
             except OSError as error:
-                raise DataError(f"{self.directory}: cannot hold copies of remote shards: {error.strerror}; "
-                                "free space or choose another data.shard_cache") from None
+                raise self._unusable(error) from None
         handle.touch()
         _handles[name] = handle
         while len(_handles) > _MAX_HANDLES:
             _handles.popitem(last=False)
         return handle
+
+    def fetch(self, shard):
+        """Have a copy of the shard there; raises as :meth:`open`."""
+        try:
+            os.close(self._opened(shard))
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error):
+        return DataError(f"{self.directory}: cannot hold copies of remote shards: {error.strerror}; free space or choose another "
+                         "data.shard_cache")
 
     def _file(self, shard, ending):
         return os.path.join(self.directory, hashlib.sha256(shard.encode("utf-8", "surrogateescape")).hexdigest()[:24] + ending)
@@ -197,6 +209,45 @@ class ShardCache:
                     break
                 os.remove(path)
                 total -= size
+
+
+class Lookahead:
+    """Fetches in a thread the shards that are read after the current shuffle window, so that workers seldom wait for a command.
+
+    Args:
+        sources: {(corpus, number of the source): (``ShardSet``, ``EpochOrder``)}.
+    """
+
+    def __init__(self, sources):
+        self._sources = {name: (reader, order) for name, (reader, order) in sources.items() if any(map(is_remote, reader.paths))}
+        self._window, self._wanted, self._thread, self._closed = {}, queue.Queue(), None, False
+
+    def __call__(self, read):
+        """Take note of how many records every source has given: ``{corpus: [number, ...]}``."""
+        for (corpus, number), (reader, order) in self._sources.items():
+            window = order.window_of(*divmod(read[corpus][number], len(order)))
+            if self._window.get((corpus, number)) != window:
+                self._window[corpus, number] = window
+                for shard in (*order.shards(*window), *order.shards(*order.window_after(*window))):
+                    if is_remote(reader.paths[shard]):
+                        self._wanted.put((reader.remote, reader.paths[shard]))
+        if self._thread is None and self._sources:
+            self._thread = threading.Thread(target=self._work, daemon=True, name="shard lookahead")
+            self._thread.start()
+
+    def close(self):
+        """Begin no further fetch."""
+        self._closed = True
+        self._wanted.put(None)
+
+    def _work(self):
+        while True:
+            wanted = self._wanted.get()
+            if self._closed:
+                return
+            cache, shard = wanted
+            with contextlib.suppress(DataError):  # the worker that needs the shard tries again and says what is wrong
+                cache.fetch(shard)
 
 
 class _Failed(Exception):

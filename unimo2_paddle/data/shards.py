@@ -304,6 +304,21 @@ class EpochOrder:
         number, inside = divmod(position, self.window)
         return int(_remember(self._windows, (epoch, number), self._window, 4)[inside])
 
+    def window_of(self, epoch, position):
+        """(epoch, number of the window) that holds a position."""
+        return epoch, position // self.window
+
+    def window_after(self, epoch, number):
+        """(epoch, number) of the window that is read next."""
+        return (epoch, number + 1) if (number + 1) * self.window < self._total else (epoch + 1, 0)
+
+    def shards(self, epoch, number):
+        """The numbers of the shards that a window reads, in the order they are reached."""
+        order, starts = _remember(self._epochs, epoch, self._shuffle_shards, 2)
+        last = min(self._total, (number + 1) * self.window) - 1
+        first, last = np.searchsorted(starts, (number * self.window, last), side="right") - 1
+        return [int(shard) for shard in order[first:last + 1] if self._lengths[shard]]
+
     def _window(self, name):
         epoch, number = name
         start = number * self.window

@@ -8,7 +8,7 @@ import paddle
 import paddle.nn.functional as F
 
 from unimo2_paddle.data.mixture import CORPORA, Batches, MixturePlan
-from unimo2_paddle.data.pretrain_batches import BadRecords, PretrainBatchBuilder, PretrainData, open_sources
+from unimo2_paddle.data.pretrain_batches import BadRecords, PretrainBatchBuilder, PretrainData, lookahead_for, open_sources
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import ConfigError
 from unimo2_paddle.models.losses import contrastive_loss, visual_contrastive_loss
@@ -204,7 +204,7 @@ class PretrainTask(Task):
             config.data, readers, self.tokenizer, self.model_config, seed=config.run.seed, mask_ratio=train.mask_ratio,
             group=train.matching_group, fused_per_group=train.fused_per_group or train.matching_group, masked_grounding=[c for c in ("pairs", "images") if getattr(train, c).masked_grounding > 0],
             seq2seq=0.0 if train.texts.seq2seq == 0 else 0.5 if train.texts.masked_lm > 0 else 1.0, bad_records=bad_records)
-        return Batches(plan, builder, config.data.num_workers)
+        return Batches(plan, builder, config.data.num_workers, lookahead_for(readers, orders))
 
     def evaluators(self):
         config = self.config.eval
