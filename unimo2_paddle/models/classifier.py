@@ -72,8 +72,7 @@ class UnimoClassifier(nn.Layer):
         if inputs == "pair":
             self.head = EntailmentHead(config.hidden_size, num_labels, dropout, config.initializer_range)
         else:
-            self.contrastive = contrastive and inputs == "pair"
-        self.head = ClassificationHead(config.hidden_size * (2 if self.contrastive else 1), num_labels, dropout, config.initializer_range, f"cls_out_{num_labels}")
+            self.head = ClassificationHead(config.hidden_size, num_labels, dropout, config.initializer_range, f"cls_out_{num_labels}")
 
     def set_recompute(self, enabled=True):
         """Recompute layer activations in the backward pass."""
