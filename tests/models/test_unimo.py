@@ -10,6 +10,7 @@ import pytest
 from unimo2_paddle import UnimoConfig, UnimoModel
 from unimo2_paddle.errors import ConfigError, UserInputError
 from unimo2_paddle.models.classifier import UnimoClassifier
+from unimo2_paddle.models.flops import unimo_flops
 from unimo2_paddle.models.unimo import joint_visibility
 
 CONFIGS = Path(__file__).resolve().parents[2] / "unimo2_paddle/models/configs"
@@ -160,6 +161,15 @@ def test_recomputing_gives_the_same_gradients():
     assert gradients[0].keys() == gradients[1].keys()
     for name, value in gradients[0].items():
         np.testing.assert_allclose(value, gradients[1][name], atol=1e-6, err_msg=name)
+
+
+def test_operations_are_counted_from_the_matrices_and_the_lengths():
+    model = build(heads=())
+    matrices = sum(p.size for p in model.encoder.parameters() if p.ndim == 2)
+    positions = 4 + 3 + 5
+    expected = 2 * (2 * matrices * positions + 2 * 4 * positions ** 2 * 16 + 2 * 4 * (6 + 5) * 16)  # 2 samples, 2 layers
+    assert unimo_flops(model.config, 2, regions=4, objects=3, length=5) == expected
+    assert unimo_flops(model.config, 2, regions=4, objects=3, length=5, first_only=True) < expected
 
 
 @pytest.mark.parametrize("size, classification, retrieval, entailment", [

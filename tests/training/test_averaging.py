@@ -47,6 +47,12 @@ def test_layers_are_counted_from_the_head_down_over_both_encoders():
     assert [round(-np.log2(v)) for v in scales.values()] == [0, 0, 1, 2, 3, 3, 3, 5, 3, 6, 6]
 
 
+def test_layers_of_unimo_are_counted_over_its_one_encoder():
+    scales = layer_scales(["cls_out_3_w", "pooled_fc_text.w_0", "encoder_layer_1_ffn_fc_0.w_0", "encoder_layer_0_post_att_layer_norm_bias",
+                           "word_embedding", "v_pre_encoder_layer_norm_scale", "image_emb.w_0", "turn_embedding"], 0.5)
+    assert [round(-np.log2(v)) for v in scales.values()] == [0, 0, 1, 2, 3, 3, 3, 3]
+
+
 def test_a_first_step_moves_every_parameter_by_its_share_of_the_rate(tiny_config):
     from unimo2_paddle.models.classifier import Unimo2Classifier
 

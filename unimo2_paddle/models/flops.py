@@ -1,4 +1,4 @@
-"""Floating-point operations of UNIMO-2's parts, from a config and shapes alone (for utilisation in the log, and for planning).
+"""Floating-point operations of UNIMO-2's parts and of UNIMO, from a config and shapes alone (for utilisation in the log, and for planning).
 
 Only matrix products count, two operations per multiply-add; norms, activations, softmax and embedding look-ups are left out. That is
 the convention of "model FLOPs utilisation" (PaLM, arXiv 2204.02311, appendix B): what the model needs, not what recomputation or an
@@ -57,6 +57,17 @@ def fusion_flops(config, samples, image=True, length=0, first_only=False, with_l
             total += 3 * 2.0 * choosing * codes * hidden                            # relevance of the chosen, and both weighted means
     rows = (1 if image else 0) + (1 if length else 0) if first_only else None
     return samples * (total + encoder_flops(hidden, len(config.grounding_enc_layers), own + codes + length, rows))
+
+
+def unimo_flops(config, samples, regions=0, objects=0, length=0, first_only=False):
+    """Forward operations of UNIMO's encoder on ``samples`` sequences of regions, object tags and text, padded to these lengths.
+
+    Args:
+        config: ``UnimoConfig``; first_only: as in ``UnimoModel.forward``.
+    """
+    rows = (1 if regions else 0) + (1 if length else 0) if first_only else None
+    embedding = 2.0 * regions * (config.image_embedding_size + 5) * config.hidden_size
+    return samples * (embedding + encoder_flops(config.hidden_size, config.num_hidden_layers, regions + objects + length, rows))
 
 
 def prediction_flops(config, positions, classes):

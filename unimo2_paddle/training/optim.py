@@ -62,8 +62,9 @@ def decays(name, rule="standard"):
     return "layer_norm" not in name and not name.endswith(NO_DECAY_ENDINGS) and name not in TEMPERATURES
 
 
-_LAYER = re.compile(r"(vit|text|grounded)\.encoder_layer_(\d+)_")
-_BOTTOM = ("vit.patch_embeddings", "vit.cls_token", "vit.position", "text.word_embedding", "text.pos_embedding", "text.pre_encoder")
+_LAYER = re.compile(r"(?:(vit|text|grounded)\.)?encoder_layer_(\d+)_")
+_BOTTOM = ("vit.patch_embeddings", "vit.cls_token", "vit.position", "text.word_embedding", "text.pos_embedding", "text.pre_encoder",
+           "word_embedding", "pos_embedding", "role_embedding", "turn_embedding", "pre_encoder", "image_emb.", "image_loc.", "v_pre_encoder")
 _UNDER_GROUNDED = ("vit.post_encoder", "grounded.pre_encoder", "grounded.grounding_", "grounded.cmcl_", "vq_emb") + TEMPERATURES
 
 
@@ -72,7 +73,7 @@ def layer_scales(names, decay):
 
     Layers are counted from the top: heads, then the grounded encoder, then both unimodal encoders side by side with their last
     layers at one height, then the embeddings. What stands between the encoders (dictionary, final norms) goes with the last unimodal
-    layers.
+    layers. UNIMO's one encoder stands directly on the embeddings.
 
     Args:
         names: parameter names of a model.
@@ -82,14 +83,19 @@ def layer_scales(names, decay):
     """
     names = list(names)
     depth = {part: 0 for part in ("vit", "text", "grounded")}
-    for found in filter(None, map(_LAYER.match, names)):
-        depth[found[1]] = max(depth[found[1]], int(found[2]) + 1)
+
+    def place(found):
+        return found[1] or "grounded", int(found[2])  # UNIMO's encoder has no prefix
+
+    for part, layer in map(place, filter(None, map(_LAYER.match, names))):
+        depth[part] = max(depth[part], layer + 1)
     unimodal = max(depth["vit"], depth["text"])
 
     def layers_above(name):
         found = _LAYER.match(name)
         if found:
-            return depth[found[1]] - int(found[2]) + (0 if found[1] == "grounded" else depth["grounded"])
+            part, layer = place(found)
+            return depth[part] - layer + (0 if part == "grounded" else depth["grounded"])
         if name.startswith(_BOTTOM):
             return depth["grounded"] + unimodal + 1
         return depth["grounded"] + 1 if name.startswith(_UNDER_GROUNDED) else 0
