@@ -46,7 +46,7 @@ def start(sharding=0, timeout=300):
         strategy.find_unused_parameters = True
         if sharding:
             strategy.hybrid_configs = {"dp_degree": 1, "mp_degree": 1, "pp_degree": 1, "sharding_degree": world_size}
-        fleet.init(is_collective=True, strategy=strategy)
+        fleet.init(is_collective=True, strategy=strategy, log_level="WARNING")
         _team = team.start()
     return Shard(dist.get_rank(), dist.get_world_size())
 
