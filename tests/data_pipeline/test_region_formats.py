@@ -129,10 +129,10 @@ def test_bad_lines_can_be_skipped_and_gzip_reads_the_same(tmp_path):
     plain.write_bytes(content)
     packed.write_bytes(gzip.compress(content))
     for path in (plain, packed):
-        bad, positions = [], []
-        found = list(read_regions(path, BOTTOM_UP, bad_record=lambda place, error: bad.append(place), position=positions.append))
+        bad, positions = {}, []
+        found = list(read_regions(path, BOTTOM_UP, bad_record=bad.setdefault, position=positions.append))
         assert [(place, r.image_id) for place, r in found] == [(f"{path}:1", "1"), (f"{path}:3", "2")]
-        assert bad == [f"{path}:2"]
+        assert list(bad) == [f"{path}:2"]
         assert positions == sorted(positions) and positions[-1] == path.stat().st_size
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 
-TASKS = ("captioning", "classes", "entailment", "glue", "rewrites", "vqa")
+TASKS = ("captioning", "classes", "entailment", "glue", "regions", "rewrites", "seq2seq", "vqa")
 
 
 def write_demo_tasks(out):

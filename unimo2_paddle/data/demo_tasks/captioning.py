@@ -36,24 +36,17 @@ def write(directory, demo_directory, seed):
     """
     os.makedirs(os.path.join(directory, "images"), exist_ok=True)
     tokenizer = Tokenizer.from_directory(os.path.join(demo_directory, "vocab"))
-    captions = _captions(demo_directory)
-    rows, tags, pictures, counts = {split: [] for split in SPLITS}, [], [], {}
-    unseen = []
+    rows, tags, pictures = {split: [] for split in SPLITS}, [], []
     number = 0
-    for split in SPLITS:
-        for row, scene in read_scenes(demo_directory, split):
-            told = captions.get(row["key"])
-            if told is None:  # a picture of the image corpus: nobody has described it in training
-                if split == "train" and len(unseen) < _IN_DOMAIN:
-                    unseen.append((row, scene))
-                continue
-            number += 1
-            rows[split].append((number, row["key"] + ".jpg", told))
-            tags.append((number, _tags(scene, tokenizer, generator(seed, 0, number))))
-            pictures.append((row, os.path.join(directory, "images", row["key"] + ".jpg")))
-        counts[split] = len(rows[split])
+    for split, number, row, scene, told in described_pictures(demo_directory):
+        rows[split].append((number, row["key"] + ".jpg", told))
+        tags.append((number, _tags(scene, tokenizer, generator(seed, 0, number))))
+        pictures.append((row, os.path.join(directory, "images", row["key"] + ".jpg")))
+    counts = {split: len(found) for split, found in rows.items()}
     described = []
-    for row, scene in unseen:
+    # pictures of the image corpus: nobody has described them in training
+    unseen = [(row, scene) for row, scene in read_scenes(demo_directory, "train") if row["key"].startswith("image")]
+    for row, scene in unseen[:_IN_DOMAIN]:
         number += 1
         described.append((number, row["key"] + ".jpg", caption(scene, generator(seed, 1, number))))
         pictures.append((row, os.path.join(directory, "images", row["key"] + ".jpg")))
@@ -66,6 +59,22 @@ def write(directory, demo_directory, seed):
         _write_coco(directory, SPLITS[split], [(*row, "") for row in rows[split]])
     _write_coco(directory, "nocaps", [(*row, "in-domain") for row in described] + [(*row, "out-domain") for row in rows["test"]])
     return "captioning: " + ", ".join(f"{count} pictures in {split}" for split, count in counts.items()) + f" ({directory})"
+
+
+def described_pictures(demo_directory):
+    """Yields (split, number, scene row, Scene, captions) of every picture with captions; the number is its id in this data set, from 1."""
+    captions, number = _captions(demo_directory), 0
+    for split in SPLITS:
+        for row, scene in read_scenes(demo_directory, split):
+            if row["key"] in captions:
+                number += 1
+                yield split, number, row, scene, captions[row["key"]]
+
+
+def tokenised(text, tokenizer):
+    """A caption as in the authors' files: ids with [CLS] and [SEP], and the whole-word column (1 continues a word, -1 special)."""
+    ids, starts = tokenizer.encode_with_word_starts(text)
+    return [tokenizer.cls_id, *ids, tokenizer.sep_id], [-1] + [0 if begins else 1 for begins in starts] + [-1]
 
 
 def _captions(demo_directory):
@@ -108,9 +117,7 @@ def _write_records(directory, name, rows, tokenizer, with_captions):
             lines.append(f"{start};0;;;;;0")
             continue
         for place, text in enumerate(told):
-            ids, starts = tokenizer.encode_with_word_starts(text)
-            labels = [-1] + [0 if begins else 1 for begins in starts] + [-1]
-            ids = [tokenizer.cls_id, *ids, tokenizer.sep_id]
+            ids, labels = tokenised(text, tokenizer)
             lines.append(f"{start};{place};{_ids(ids)};{_ids([0] * len(ids))};{_positions(ids)};{_ids(labels)};1")
     with gzip.GzipFile(os.path.join(directory, f"{name}.ids.gz"), "wb", mtime=0) as file:  # no time: the same bytes every day
         file.write("".join(line + "\n" for line in lines).encode("utf-8"))

@@ -19,6 +19,7 @@ from unimo2_paddle.data.mixture import generator
 from unimo2_paddle.data.shapes import COLOURS, INVERSE, RELATIONS, SHAPES, SIZES
 
 SPLITS = ("train", "dev", "test")
+_ORDER = ("entailment", "neutral", "contradiction")
 _COMPARED = 0.4    # of the hypotheses compare two sizes, where two things give the label (six of ten)
 _INVISIBLE = 0.35  # of the other contradictions tell something invisible about a thing that is not there
 _CANNOT_BE_SEEN = (
@@ -37,20 +38,25 @@ def write(directory, demo_directory, seed):
     """
     os.makedirs(directory, exist_ok=True)
     counts = {}
-    for place, split in enumerate(SPLITS):
+    for split in SPLITS:
         lines, pictures = [], []
-        scenes = [(row, scene) for row, scene in read_scenes(demo_directory, split) if not row["key"].startswith("image")]
-        for number, (row, scene) in enumerate(scenes):
-            rng = generator(seed, place, number)
-            image_id = str((place + 1) * 10 ** 9 + number)
+        for image_id, row, told in judged_pictures(demo_directory, split, seed):
             pictures.append((row, os.path.join(directory, "flickr30k-images", f"{image_id}.jpg")))
-            for label in ("entailment", "neutral", "contradiction"):
-                lines.append(json.dumps(_line(image_id, label, _hypothesis(scene, label, rng))) + "\n")
+            lines += [json.dumps(_line(image_id, label, text)) + "\n" for label, text in told]
         copy_pictures(demo_directory, pictures)
         with open(os.path.join(directory, f"snli_ve_{split}.jsonl"), "w", encoding="utf-8") as file:
             file.writelines(lines)
         counts[split] = len(lines)
     return "visual entailment: " + ", ".join(f"{count} hypotheses in {split}" for split, count in counts.items()) + f" ({directory})"
+
+
+def judged_pictures(demo_directory, split, seed):
+    """Yields (image id, scene row, [(label, hypothesis)]) of every picture of a split, one hypothesis of each label."""
+    scenes = [(row, scene) for row, scene in read_scenes(demo_directory, split) if not row["key"].startswith("image")]
+    for number, (row, scene) in enumerate(scenes):
+        place = SPLITS.index(split)
+        rng = generator(seed, place, number)
+        yield str((place + 1) * 10 ** 9 + number), row, [(label, _hypothesis(scene, label, rng)) for label in _ORDER]
 
 
 def _line(image_id, label, text):

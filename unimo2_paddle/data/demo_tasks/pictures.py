@@ -1,7 +1,31 @@
-"""The demo's pictures as plain files, as tasks on picture folders want them."""
+"""The demo's pictures: read back from the corpora, or as plain files, as tasks on picture folders want them."""
 import os
 import tarfile
 from collections import defaultdict
+
+
+def read_pictures(demo_directory, rows):
+    """Yields (scene row, encoded picture) of every row, shard by shard.
+
+    Args:
+        demo_directory: what ``unimo2 demo-data`` wrote; rows: scene rows; a row names the shard or file that holds its picture.
+    """
+    shards = defaultdict(dict)
+    for row in rows:
+        source = os.path.join(demo_directory, row["file"])
+        if source.endswith(".tar"):
+            shards[source][row["key"] + ".jpg"] = row
+        else:
+            with open(source, "rb") as file:
+                yield row, file.read()
+    for shard, members in shards.items():
+        with tarfile.open(shard) as tar:
+            for member in tar:
+                row = members.pop(member.name, None)
+                if row:
+                    yield row, tar.extractfile(member).read()
+        if members:
+            raise ValueError(f"{shard} lacks {', '.join(sorted(members)[:3])}")
 
 
 def copy_pictures(demo_directory, wanted):
@@ -9,27 +33,10 @@ def copy_pictures(demo_directory, wanted):
 
     Args:
         demo_directory: what ``unimo2 demo-data`` wrote.
-        wanted: list of (scene row, path to write); the picture's bytes are taken from the shard or file the row names.
+        wanted: list of (scene row, path to write), every row once.
     """
-    shards = defaultdict(dict)
-    for row, target in wanted:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        source = os.path.join(demo_directory, row["file"])
-        if source.endswith(".tar"):
-            shards[source][row["key"] + ".jpg"] = target
-        else:
-            with open(source, "rb") as file:
-                _write(target, file.read())
-    for shard, members in shards.items():
-        with tarfile.open(shard) as tar:
-            for member in tar:
-                target = members.pop(member.name, None)
-                if target:
-                    _write(target, tar.extractfile(member).read())
-        if members:
-            raise ValueError(f"{shard} lacks {', '.join(sorted(members)[:3])}")
-
-
-def _write(path, data):
-    with open(path, "wb") as file:
-        file.write(data)
+    targets = {row["key"]: target for row, target in wanted}
+    for row, data in read_pictures(demo_directory, [row for row, _ in wanted]):
+        os.makedirs(os.path.dirname(targets[row["key"]]), exist_ok=True)
+        with open(targets[row["key"]], "wb") as file:
+            file.write(data)
