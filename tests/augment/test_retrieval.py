@@ -162,12 +162,14 @@ def test_text_embeddings_bring_their_texts(run, tmp_path):
 def test_features_that_do_not_fit_are_refused(run, tmp_path, features, keys, says):
     with pytest.raises(DataError, match=says):
         imported(run, tmp_path / "made", features, keys)
+    assert not (tmp_path / "made" / "index").exists()
 
 
 def test_features_of_another_width_are_refused(run, pictures, tmp_path):
     other = imported(run, tmp_path / "made", np.ones((2, 5)), ["a", "b"])
     with pytest.raises(UserInputError, match="width 24, the queries 5"):
         run("retrieve", "--queries", other, "--index", pictures, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_demo_paraphrases_are_of_every_pair_and_true_to_the_parser(demo_data, tmp_path, run):

@@ -135,6 +135,7 @@ def _retrieve(args):
         index, queries = EmbeddingIndex(args.index, args.backend), EmbeddingIndex(args.queries, "numpy")
         if index.model != queries.model and not (index.model.startswith("imported") and queries.model.startswith("imported")):
             raise UserInputError(f"{args.queries} was made with another model than {args.index}: their features cannot be compared")
+        index.check_width(queries.features)
         search, shards, sources = EmbeddingSearch(index), queries.query_shards(), queries.sources
         settings.update(index=index.fingerprint(), queries=queries.fingerprint())
     else:

@@ -47,7 +47,8 @@ def build_embedding_index(directory, source, kind, encode, model, share):
     Returns:
         the manifest, or None while other processes' parts are missing.
     """
-    parts, shards = Parts(directory, {"what": WHAT, "kind": kind, "model": model}), source.shards()
+    shards = source.shards()
+    parts = Parts(directory, {"what": WHAT, "kind": kind, "model": model})
     parts.run(shards, share, lambda records, target: _encode_part(records, target, kind, encode))
     return parts.finish(shards, {"sources": list(source.paths)}, lambda names: _merge(parts, names))
 
@@ -98,6 +99,8 @@ def import_features(directory, features, keys, kind):
     rows = _key_rows(keys, os.path.splitext(os.path.basename(features))[0])
     if array.ndim != 2 or array.dtype.kind != "f" or len(rows) != len(array) or not array.size:
         raise DataError(f"{features}: {array.dtype} {list(array.shape)} does not fit {len(rows)} lines of {keys}; float [{len(rows)}, H] is needed")
+    if not all(np.isfinite(array[first:first + _ROWS]).all() for first in range(0, len(array), _ROWS)):
+        raise DataError(f"{features}: not every number is finite")
     if os.path.lexists(directory):
         raise UserInputError(f"{directory} exists; choose another --out, or remove it")
     shards = {}
@@ -112,8 +115,6 @@ def import_features(directory, features, keys, kind):
                 names.append(key)
             owners.append(len(names) - 1)
         chosen = np.asarray(array[[number for number, _, _ in entries]], np.float32)
-        if not np.isfinite(chosen).all():
-            raise DataError(f"{features}: not every number is finite")
         _save_part(target(".npz"), names, owners, [text for _, _, text in entries], unit(chosen))
         return {"records": len(names), "items": len(owners)}
 
@@ -232,6 +233,12 @@ class EmbeddingIndex:
             yield QueryRecord(self.keys[int(self.owners[first])], captions, np.array(self.features[first:end]))
             first = end
 
+    def check_width(self, queries):
+        """Raise ``UserInputError`` unless queries [Q, H] are as wide as the features."""
+        if queries.shape[1] != self.features.shape[1]:
+            raise UserInputError(f"{self.directory}: features have width {self.features.shape[1]}, the queries {queries.shape[1]}; "
+                                 "both must come from one model")
+
     def search(self, queries, number):
         """The nearest items.
 
@@ -245,8 +252,7 @@ class EmbeddingIndex:
             UserInputError: another width.
         """
         queries = unit(np.asarray(queries))
-        if queries.shape[1] != self.features.shape[1]:
-            raise UserInputError(f"{self.directory}: features have width {self.features.shape[1]}, the queries {queries.shape[1]}; both must come from one model")
+        self.check_width(queries)
         number, found = min(number, len(self)), [None] * len(queries)
         open_queries, wanted = np.arange(len(queries)), min(len(self), number + 16)
         while len(open_queries):

@@ -20,7 +20,7 @@ from unimo2_paddle.augment.lexicon import Lexicon
 from unimo2_paddle.augment.parsing import SceneParser
 from unimo2_paddle.augment.parts import MANIFEST, Parts, read_manifest, write_json
 from unimo2_paddle.augment.tables import TextColumn, TextColumnWriter, open_array, open_column
-from unimo2_paddle.augment.vocabulary import Vocabulary, VocabularyCounts
+from unimo2_paddle.augment.vocabulary import Vocabulary, VocabularyCounts, merge_vocabulary
 from unimo2_paddle.errors import DataError
 
 FEATURES = 1 << 20
@@ -106,8 +106,7 @@ def _merge(parts, names, synonyms):
     shutil.rmtree(temporary, ignore_errors=True)
     os.makedirs(temporary)
     texts, keys = TextColumnWriter(temporary, "texts"), TextColumnWriter(temporary, "keys")
-    vocabulary, frequency = VocabularyCounts(), np.zeros(FEATURES, np.int64)
-    owners, lengths, firsts, records = [], [], [], 0
+    owners, lengths, firsts, records, frequency = [], [], [], 0, np.zeros(FEATURES, np.int64)
     for name in names:
         with np.load(parts.path(name, ".npz"), allow_pickle=False) as part:
             texts.add(part["texts"], part["text_ends"])
@@ -117,8 +116,6 @@ def _merge(parts, names, synonyms):
             firsts.append(records)
             records += len(part["key_ends"])
             frequency += np.bincount(part["columns"], minlength=FEATURES)
-        with open(parts.path(name, ".vocabulary.json"), encoding="utf-8") as file:
-            vocabulary.add(json.load(file))
     texts.close()
     keys.close()
     lengths = np.concatenate(lengths)
@@ -131,10 +128,19 @@ def _merge(parts, names, synonyms):
     np.save(os.path.join(temporary, "norms.npy"), _norms(temporary, starts, len(lengths)))
     with open(os.path.join(temporary, _SYNONYMS), "w", encoding="utf-8") as file:
         file.write(synonyms)
-    write_json(os.path.join(temporary, "vocabulary.json"), vocabulary.vocabulary().to_json())
+    write_json(os.path.join(temporary, "vocabulary.json"), _merge_vocabulary(parts, names).to_json())
     write_json(os.path.join(temporary, "about.json"), {"shards": names, "first_records": firsts, "captions": len(lengths), "records": records})
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(temporary, folder)
+
+
+def _merge_vocabulary(parts, names):
+    def load():
+        for name in names:
+            with open(parts.path(name, ".vocabulary.json"), encoding="utf-8") as file:
+                yield json.load(file)
+
+    return merge_vocabulary(load)
 
 
 def _place_postings(parts, names, folder, starts):

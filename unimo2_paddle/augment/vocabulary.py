@@ -17,7 +17,7 @@ _CHUNK = 256             # terms compared with all others at once
 
 
 class VocabularyCounts:
-    """Counts over captions; parts are added up with ``add``.
+    """Counts over the captions of one part; ``merge_vocabulary`` joins parts.
 
     Attributes:
         terms: category -> Counter of terms (in captions); phrases: (category, head) -> Counter of noun phrases with attributes.
@@ -49,21 +49,22 @@ class VocabularyCounts:
                     self.context[entry].update(column for other, column in columns.items() if other != entry)
 
     def add(self, stored):
-        """Add what ``to_json`` of another gave."""
+        """Add terms and phrases of what ``to_json`` of another gave; rare terms are dropped when they become too many."""
         self.captions += stored["captions"]
         for category, terms in stored["terms"].items():
             self.terms[category].update(terms)
+            if len(self.terms[category]) > 8 * MAX_TERMS:
+                self.terms[category] = Counter(dict(top(self.terms[category], 4 * MAX_TERMS)))
         for category, heads in stored["phrases"].items():
             for head, phrases in heads.items():
+                if head not in self.terms[category]:
+                    continue
                 kept = self.phrases[category, head]
                 kept.update(phrases)
                 if len(kept) > 4 * PHRASES_PER_HEAD:
                     self.phrases[category, head] = Counter(dict(top(kept, 2 * PHRASES_PER_HEAD)))
-        for category, terms in stored["context"].items():
-            for term, pairs in terms.items():
-                context = self.context[category, term]
-                for column, count in zip(pairs[::2], pairs[1::2]):
-                    context[column] += count
+        for entry in [entry for entry in self.phrases if entry[1] not in self.terms[entry[0]]]:
+            del self.phrases[entry]
 
     def to_json(self):
         """Plain values, in an order that does not depend on the order of counting."""
@@ -75,46 +76,61 @@ class VocabularyCounts:
         return {"captions": self.captions, "terms": {category: dict(sorted(terms.items())) for category, terms in sorted(self.terms.items())},
                 "phrases": phrases, "context": context}
 
-    def vocabulary(self):
-        """The ``Vocabulary`` of everything counted.
 
-        Terms seen less than 1 + captions / 50,000 times (at most 20) are left out: in a large corpus they are misspellings and taggers' errors.
-        """
-        least = min(20, 1 + self.captions // 50000)
-        terms = {category: dict(top({t: n for t, n in counts.items() if n >= least}, MAX_TERMS)) for category, counts in sorted(self.terms.items())}
-        terms = {category: counts for category, counts in terms.items() if counts}
-        near = {category: self._near(category, list(counts)) for category, counts in terms.items() if is_open(category)}
-        phrases = {category: {} for category in ("object", "objects")}
-        for (category, head), counts in sorted(self.phrases.items()):
-            if head in terms.get(category, ()):
-                phrases[category][head] = [phrase for phrase, _ in top(counts, PHRASES_PER_HEAD)]
-        return Vocabulary(terms, near, phrases)
+def merge_vocabulary(parts):
+    """The ``Vocabulary`` of a corpus.
 
-    def _near(self, category, terms):
-        """term -> its most similar terms, best first; equal ones in the order of ``terms``."""
-        rows, columns, counts = [], [], []
-        for row, term in enumerate(terms):
-            entry = sorted(self.context.get((category, term), {}).items())
-            rows += [row] * len(entry)
-            columns += [column for column, _ in entry]
-            counts += [count for _, count in entry]
-        if not counts:
-            return {}
-        matrix = sparse.csr_matrix((np.array(counts, np.float64), (rows, columns)), (len(terms), CONTEXTS))
-        total, by_row, by_column = matrix.sum(), np.asarray(matrix.sum(1)).ravel(), np.asarray(matrix.sum(0)).ravel()
-        pairs = matrix.tocoo()
-        pairs.data = np.maximum(0, np.log(pairs.data * total / (by_row[pairs.row] * by_column[pairs.col])))
-        matrix = pairs.tocsr()
-        norms = np.sqrt(np.asarray(matrix.multiply(matrix).sum(1)).ravel())
-        matrix = sparse.diags(1 / np.where(norms > 0, norms, 1)) @ matrix
-        transposed, near = matrix.T.tocsr(), {}
-        for first in range(0, len(terms), _CHUNK):
-            similar = (matrix[first:first + _CHUNK] @ transposed).toarray().round(9)
-            for offset, row in enumerate(similar):
-                row[first + offset] = -1
-                best = np.argsort(-row, kind="stable")[:NEAR]
-                near[terms[first + offset]] = [terms[i] for i in best if row[i] > 0]
-        return near
+    Args:
+        parts: function that returns an iterator over what ``VocabularyCounts.to_json`` gave for each part; it is called twice: once to find the
+            terms, once for the company of those that are kept. A part at a time is in memory.
+
+    Terms seen less than 1 + captions / 50,000 times (at most 20) are left out: in a large corpus they are misspellings and taggers' errors.
+    """
+    counts = VocabularyCounts()
+    for stored in parts():
+        counts.add(stored)
+    least = min(20, 1 + counts.captions // 50000)
+    terms = {category: dict(top({t: n for t, n in found.items() if n >= least}, MAX_TERMS)) for category, found in sorted(counts.terms.items())}
+    terms = {category: found for category, found in terms.items() if found}
+    phrases = {category: {} for category in ("object", "objects")}
+    for (category, head), found in sorted(counts.phrases.items()):
+        if head in terms.get(category, ()):
+            phrases[category][head] = [phrase for phrase, _ in top(found, PHRASES_PER_HEAD)]
+    rows = {category: {term: row for row, term in enumerate(found)} for category, found in terms.items() if is_open(category)}
+    company = {category: sparse.csr_matrix((len(found), CONTEXTS)) for category, found in rows.items()}
+    for stored in parts():
+        for category, found in stored["context"].items():
+            if category in rows:
+                company[category] = company[category] + _company(found, rows[category])
+    return Vocabulary(terms, {category: _near(company[category], list(terms[category])) for category in rows}, phrases)
+
+
+def _company(found, rows):
+    """Counts of a part as a matrix [terms kept, CONTEXTS]."""
+    kept = [(rows[term], pairs) for term, pairs in found.items() if term in rows]
+    places = np.repeat([row for row, _ in kept], [len(pairs) // 2 for _, pairs in kept]).astype(np.int64)
+    pairs = np.array([number for _, pairs in kept for number in pairs], np.int64).reshape(-1, 2)
+    return sparse.csr_matrix((pairs[:, 1].astype(np.float64), (places, pairs[:, 0])), (len(rows), CONTEXTS))
+
+
+def _near(matrix, terms):
+    """term -> its most similar terms, best first; equal ones in the order of ``terms``."""
+    if not matrix.nnz:
+        return {}
+    total, by_row, by_column = matrix.sum(), np.asarray(matrix.sum(1)).ravel(), np.asarray(matrix.sum(0)).ravel()
+    pairs = matrix.tocoo()
+    pairs.data = np.maximum(0, np.log(pairs.data * total / (by_row[pairs.row] * by_column[pairs.col])))
+    matrix = pairs.tocsr()
+    norms = np.sqrt(np.asarray(matrix.multiply(matrix).sum(1)).ravel())
+    matrix = sparse.diags(1 / np.where(norms > 0, norms, 1)) @ matrix
+    transposed, near = matrix.T.tocsr(), {}
+    for first in range(0, len(terms), _CHUNK):
+        similar = (matrix[first:first + _CHUNK] @ transposed).toarray().round(9)
+        for offset, row in enumerate(similar):
+            row[first + offset] = -1
+            best = np.argsort(-row, kind="stable")[:NEAR]
+            near[terms[first + offset]] = [terms[i] for i in best if row[i] > 0]
+    return near
 
 
 class Vocabulary:
