@@ -137,6 +137,18 @@ def test_a_worker_that_does_not_come_back_is_killed_when_the_pool_closes(pool, m
     assert batches._workers[0].process.exitcode == -signal.SIGKILL
 
 
+def test_waiting_long_for_a_worker_is_remarked_with_what_it_does(pool, monkeypatch, caplog):
+    monkeypatch.setattr(workers, "_REMARK_AFTER", 0.05)
+
+    def slowly(task):
+        note("shards/slow.tar, record a")
+        time.sleep(0.4)
+        return {"task": task}
+
+    assert next(pool([3], build=slowly))["task"] == 3
+    assert "data worker 0 has been at 3, shards/slow.tar, record a" in caplog.text
+
+
 TRAINER = """
 import os, sys, time
 import numpy as np

@@ -6,6 +6,7 @@ killed trainer leaves its files in /dev/shm. Here a batch travels in anonymous s
 user, every worker has a socket of its own whose end tells either side at once that the other is gone, and each worker writes
 down what it is working on where the trainer can read it after the worker's death.
 """
+import logging
 import mmap
 import multiprocessing
 import os
@@ -19,9 +20,12 @@ import numpy as np
 
 from unimo2_paddle.errors import DataError, WorkerError
 
+logger = logging.getLogger(__name__)
+
 PREFETCH = 2            # batches under way per worker
 _ALIGNMENT = 64         # of the arrays in shared memory, in bytes
 _NOTE_BYTES = 4096
+_REMARK_AFTER = 60.0    # seconds of waiting for a batch after which the log says so
 _PATIENCE = 5.0         # seconds a closed worker may take to finish its batch before it is killed
 
 _note_page = None       # in a worker: the shared page that holds its note
@@ -79,6 +83,9 @@ class WorkerPool:
         if not worker.tasks:
             raise StopIteration
         try:
+            while not worker.connection.poll(_REMARK_AFTER):
+                # not an error: a remote shard may be on its way; but a dead network file system would keep it like that for ever
+                logger.warning("data worker %d has been at %s for %g s more", worker.number, self._doing(worker), _REMARK_AFTER)
             kind, content = worker.connection.recv()
             batch = _receive(worker.connection, content) if kind == "batch" else None
         except (EOFError, OSError):
