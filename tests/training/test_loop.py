@@ -193,3 +193,40 @@ def test_the_learning_rate_moves_the_weights(train):
     still = train("still", {"optim.learning_rate": 0.0, "train.steps": 1})
     moved = train("moved", {"train.steps": 1, "optim.warmup_steps": 0})
     assert largest_difference(weights(still), weights(moved)) > 1e-4
+
+
+def test_the_log_counts_real_epochs_of_every_corpus(train):
+    run = train(changes={"train.steps": 8, "mixture.weights": {"pairs": 3, "texts": 1}})
+    steps, read = records(run), {"pairs": 0, "texts": 0}
+    for record in steps:
+        read[next(key for key in record if "/" in key).split("/")[0]] += 8  # samples a step, of 24 in either corpus
+        assert {corpus: record[f"epoch_{corpus}"] for corpus in read} == pytest.approx({corpus: count / 24 for corpus, count in read.items()})
+        assert record["epoch"] == record["epoch_pairs"]
+    lines = [line for line in (run / "train.log").read_text().splitlines() if LINE.search(line)]
+    assert [int(re.search(r"epoch (\d+)", line)[1]) for line in lines] == [int(record["epoch"]) for record in steps]
+    assert steps[-1]["epoch"] >= 1, "long enough to reach another epoch"
+
+
+def test_every_record_has_rates_memory_and_the_gradient_norm(train):
+    run = train(changes={"run.log_every": 2})
+    for record in records(run):
+        assert record["tokens_per_second"] > 0 and record["peak_memory_mb"] > 50 and 0 < record["mfu"] < 1.5 and record["gradient_norm"] > 0
+    lines = [line for line in (run / "train.log").read_text().splitlines() if LINE.search(line)]
+    assert all(re.search(r"tokens/s: \d+, memory: \d+ MB, mfu: [\d.]+ %$", line) for line in lines) and len(lines) == 3
+
+
+def test_the_profiler_looks_at_the_steps_asked_for(train):
+    run = train(changes={"run.profile": [2, 4]})
+    assert sorted(p.name for p in (run / "profile").iterdir()) == ["steps-2-4.json", "steps-2-4.txt"]
+    trace = json.loads((run / "profile" / "steps-2-4.json").read_text())
+    assert any("matmul" in event.get("name", "") for event in trace["traceEvents"])
+    assert "matmul" in (run / "profile" / "steps-2-4.txt").read_text()
+    assert "profile of these steps" in (run / "train.log").read_text()
+    run = train("short", {"run.profile": [5, 20]})
+    assert (run / "profile" / "steps-5-6.json").is_file(), "a run that ends earlier still leaves what there is"
+
+
+@pytest.mark.parametrize("key, value, problem", [("run.profile", [20, 10], "the first and the last step"), ("run.skip_bad_steps", -1, "at least 0")])
+def test_values_of_the_run_that_make_no_sense_are_refused(pretrain_config, unimo2, key, value, problem):
+    outcome = unimo2("train", "-c", pretrain_config({key: value}))
+    assert outcome.status == 2 and key in outcome.err and problem in outcome.err

@@ -20,6 +20,7 @@ from unimo2_paddle.tasks.captioning_data import CaptionDataset, CaptioningData, 
 from unimo2_paddle.tasks.finetune import FinetuneEval, FinetuneTask, FinetuneTrain, batches_of
 from unimo2_paddle.tasks.reporting import right_and_wrong, write_html_report, write_json, write_predictions
 from unimo2_paddle.tasks.retrieval_scoring import evaluation_mode
+from unimo2_paddle.tasks.work import caption_work
 
 _END = "[end]"  # counts as a word in rewards: else nothing rewards a caption for ending where it should
 
@@ -118,6 +119,9 @@ class CaptioningTask(FinetuneTask):
             tags = None if samples[0]["tags"] is None else [s["tags"] for s in samples]
             arrays.update(target_arrays([s["caption"] for s in samples], tags, self.tokenizer.pad_id))
         return arrays
+
+    def work(self, batch):
+        return caption_work(self.model_config, batch)
 
     def description(self):
         return {"decoding": dataclasses.asdict(self.config.eval.decoding), "object_tags": bool(self.config.data.objects)}

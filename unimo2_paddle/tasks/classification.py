@@ -9,6 +9,7 @@ from unimo2_paddle.tasks.base import load_initial, normalise_tensor, to_tensors
 from unimo2_paddle.tasks.finetune import FinetuneTask, batches_of
 from unimo2_paddle.tasks.reporting import right_and_wrong, write_html_report, write_json, write_predictions
 from unimo2_paddle.tasks.retrieval_scoring import evaluation_mode
+from unimo2_paddle.tasks.work import classifier_work
 
 MODEL_INPUTS = ("input_ids", "position_ids", "text_mask")
 
@@ -83,6 +84,9 @@ class ClassificationTask(FinetuneTask):
     def num_labels(self):
         """Outputs of the head."""
         raise NotImplementedError
+
+    def work(self, batch):
+        return classifier_work(self.model_config, batch, getattr(getattr(self.config, "head", None), "layout", "pair"))
 
     def build_model(self):
         return build_classifier(self.config.model, self.config.run.seed, self.model_config, self.inputs, self.num_labels(),

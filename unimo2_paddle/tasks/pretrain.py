@@ -16,6 +16,7 @@ from unimo2_paddle.models.parallel import gather_rows, global_share, rank
 from unimo2_paddle.tasks.base import Task, build_unimo2, check_vocabulary, normalise_tensor
 from unimo2_paddle.tasks.finetune import copy_vocabulary
 from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalEval, evaluation_mode, retrieval_evaluators
+from unimo2_paddle.tasks.work import pretraining_work
 
 
 def _negative_weights(group):
@@ -183,6 +184,9 @@ class PretrainTask(Task):
         read, weights = batches.epochs(), self.config.mixture.weights
         main = max(read, key=lambda corpus: weights[corpus])
         return {"epoch": read[main], **{f"epoch_{corpus}": value for corpus, value in read.items()}}
+
+    def work(self, batch):
+        return pretraining_work(self.model_config, batch, self.config.train)
 
     def build_model(self):
         return build_unimo2(self.config.model, self.config.run.seed, self.model_config)

@@ -18,6 +18,7 @@ from unimo2_paddle.tasks.finetune import FinetuneTask
 from unimo2_paddle.tasks.retrieval_report import write_retrieval_report
 from unimo2_paddle.tasks.retrieval_scoring import encode_images, encode_texts, evaluation_mode, score_matrix, shortlist_scores
 from unimo2_paddle.tasks.retrieval_training import CirclePairs, InBatchPairs, RetrievalTrain, circle_terms, collate_pairs, in_batch_terms
+from unimo2_paddle.tasks.work import retrieval_work
 
 PIXEL_CACHE = 1 << 30  # bytes of decoded pictures kept between evaluations
 
@@ -364,7 +365,8 @@ class RetrievalTask(FinetuneTask):
             raise ConfigError("eval.split is test, but the test split must not choose the best checkpoint; train with "
                               "-o eval.split=val and judge it once by unimo2 eval")
         tokenizer = Tokenizer.from_directory(config.data.vocab)
-        check_vocabulary(tokenizer, config.model.model_config(), config.data.vocab)
+        self.model_config = config.model.model_config()
+        check_vocabulary(tokenizer, self.model_config, config.data.vocab)
         dataset = RetrievalDataset.read(config.data, tokenizer, split)
         if train.objective == "in_batch":
             return InBatchPairs(dataset, train.batch_size)
@@ -372,6 +374,12 @@ class RetrievalTask(FinetuneTask):
 
     def collate(self, samples):
         return collate_pairs(samples, self.split("train").dataset, self.config.model.model_config().image_size)
+
+    def work(self, batch):
+        train, pairs = self.config.train, batch["pair_image"].size
+        if train.objective == "in_batch":
+            pairs = 3 * min(train.matched_pairs or pairs, pairs)  # the true pair, another text, another picture
+        return retrieval_work(self.model_config, batch, pairs)
 
     def loss(self, model, batch):
         train = self.config.train

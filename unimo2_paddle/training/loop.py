@@ -164,10 +164,14 @@ class Trainer:
                     file.write(self.config.to_yaml())
             except OSError as error:
                 raise UserInputError(f"run.output {self.output} cannot be written: {error.strerror}; give another directory") from None
-        if self.run_config.trial_save and not self.resume_path:  # a run that goes on has saved before
-            snapshot = self._snapshot()
-            warning = trial_save(self.output, lambda directory: snapshot and store.write_snapshot(directory, 0, snapshot), self.model,
-                                 self.task.save_assets, self.first_worker)
+        try:
+            if self.run_config.trial_save and not self.resume_path:  # a run that goes on has saved before
+                snapshot = self._snapshot()
+                warning = trial_save(self.output, lambda directory: snapshot and store.write_snapshot(directory, 0, snapshot), self.model,
+                                     self.task.save_assets, self.first_worker)
+        except CheckpointError:
+            os.remove(path + ".tmp")  # a run that never began must not keep the next one out of its directory
+            raise
         if self.first_worker:
             os.replace(path + ".tmp", path)
             store.recover_directory(os.path.join(self.output, "best"))

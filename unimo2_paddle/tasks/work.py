@@ -1,0 +1,99 @@
+"""How many tokens and floating-point operations a UNIMO-2 training batch is, from its shapes (``Task.work``; formulas: models/flops.py).
+
+A training step counts as three forward passes. Poolers, small heads and the products of the contrastive loss are left out: together they
+are less than a thousandth of base-size steps.
+"""
+import numpy as np
+
+from unimo2_paddle.data.collate import PAD_POSITION
+from unimo2_paddle.models.configuration import Unimo2Config
+from unimo2_paddle.models.flops import fusion_flops, image_flops, patches, prediction_flops, text_flops
+
+TRAINING = 3.0  # forward, and twice that for the backward pass
+PICTURES = ("image", "first_view", "second_view")
+
+
+def count_tokens(config, batch):
+    """Patches with their [CLS], and words without padding."""
+    words = int((np.asarray(batch["position_ids"]) != PAD_POSITION).sum()) if "position_ids" in batch else 0
+    return words + sum(len(batch[name]) for name in PICTURES if name in batch) * (1 + patches(config))
+
+
+def classifier_work(config, batch, layout="pair"):
+    """Work of a classifier on a picture, a text or both; (0, 0) of models that are not UNIMO-2 and of stored features."""
+    samples = len(batch.get("image", batch.get("input_ids", ())))
+    if not isinstance(config, Unimo2Config) or not samples:
+        return 0, 0.0
+    length = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+    flops = fusion_flops(config, samples, "image" in batch, length, first_only=True, with_loss=False, layout=layout)
+    if "image" in batch:
+        flops += image_flops(config, samples)
+    if length:
+        flops += text_flops(config, samples, length)
+    return count_tokens(config, batch), TRAINING * flops
+
+
+def caption_work(config, batch):
+    """Work of cross-entropy captioning."""
+    if not isinstance(config, Unimo2Config) or "predict_from" not in batch:
+        return 0, 0.0
+    samples, length = batch["input_ids"].shape
+    flops = image_flops(config, samples) + text_flops(config, samples, length) + prediction_flops(config, len(batch["labels"]), config.text_vocab_size)
+    return count_tokens(config, batch), TRAINING * (flops + fusion_flops(config, samples, True, length, with_loss=False, layout="caption"))
+
+
+def retrieval_work(config, batch, pairs):
+    """Work of retrieval finetuning that encodes every picture and text once and matches ``pairs`` of them."""
+    if not isinstance(config, Unimo2Config):
+        return 0, 0.0
+    images, (texts, length) = len(batch["image"]), batch["input_ids"].shape
+    flops = image_flops(config, images) + text_flops(config, texts, length)
+    # every side's codes are scored once, whatever the number of its pairs
+    choosing = 2.0 * config.num_codebook * config.hidden_size if config.model_type == "grounded" and config.grounding_method == "topk" else 0.0
+    positions = patches(config) + length - 1
+    flops += choosing * (images * patches(config) + texts * (length - 1))
+    flops += fusion_flops(config, pairs, True, length, first_only=True, with_loss=False) - pairs * choosing * positions
+    return count_tokens(config, batch), TRAINING * flops
+
+
+def pretraining_work(config, batch, train):
+    """Work of a pre-training batch under the objectives of ``PretrainTrain``."""
+    passes = {"pairs": _pair_flops, "images": _image_flops, "texts": _text_flops}[batch["corpus"]]
+    return count_tokens(config, batch), TRAINING * passes(config, batch, train)
+
+
+def _pair_flops(config, batch, train):
+    weights, (pairs, length), fused = train.pairs, batch["input_ids"].shape, len(batch["fused"])
+    shared = train.text_for_matching == "masked"
+    flops = image_flops(config, pairs) + text_flops(config, pairs, length)
+    if weights.masked_lm or shared:
+        flops += text_flops(config, fused, length)
+    if weights.matching or weights.dictionary or weights.masked_grounding or (shared and weights.masked_lm):
+        first_only = not (weights.masked_grounding or (shared and weights.masked_lm))
+        flops += fusion_flops(config, fused, True, length, first_only)
+    if weights.matching:
+        flops += fusion_flops(config, fused * train.matching_negatives, True, length, first_only=True, with_loss=False)
+    if weights.masked_grounding and "token_mask" in batch:
+        flops += prediction_flops(config, fused * config.topk_value, config.num_codebook)
+    if weights.masked_lm:
+        flops += prediction_flops(config, len(batch["labels"]), config.text_vocab_size)
+        if not shared:
+            flops += fusion_flops(config, fused, True, length, with_loss=False)
+    if weights.caption:
+        flops += text_flops(config, fused, length) + fusion_flops(config, fused, True, length, layout="caption")
+        flops += prediction_flops(config, fused * (length - 1), config.text_vocab_size)
+    return flops
+
+
+def _image_flops(config, batch, train):
+    views = 2 * len(batch["first_view"])
+    flops = image_flops(config, views) + fusion_flops(config, views)
+    if train.images.masked_grounding and "token_mask" in batch:
+        flops += prediction_flops(config, views * config.topk_value, config.num_codebook)
+    return flops
+
+
+def _text_flops(config, batch, _):
+    texts, length = batch["input_ids"].shape
+    return (text_flops(config, texts, length) + fusion_flops(config, texts, False, length)
+            + prediction_flops(config, len(batch["labels"]), config.text_vocab_size))
