@@ -35,7 +35,8 @@ class StepProfiler:
             if paddle.is_compiled_with_cuda():
                 targets.append(paddle.profiler.ProfilerTarget.GPU)
             self._begun = number
-            self._profiler = paddle.profiler.Profiler(targets=targets)
+            # without a function of ours Paddle writes a second trace, into the working directory
+            self._profiler = paddle.profiler.Profiler(targets=targets, on_trace_ready=lambda profiler: None)
             self._profiler.start()
 
     def end(self, number):
