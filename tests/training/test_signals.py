@@ -1,4 +1,5 @@
 """SIGTERM and SIGINT: the step is finished, everything is saved, and the resumed run equals the uninterrupted one."""
+import json
 import os
 import re
 import signal
@@ -138,3 +139,32 @@ def test_nothing_remains_of_the_signal_handling():
     assert {number: signal.getsignal(number) for number in before} == before
     assert signal.set_wakeup_fd(-1) == -1
     assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_worker_stops_all_of_them_after_the_same_saved_step(pretrain_config, tmp_path):
+    path, run = pretrain_config({"train.steps": 4000, "optim.schedule": "constant", "run.log_every": 1}), tmp_path / "run"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PADDLE_", "FLAGS_"))}
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(tmp_path / "logs"),
+               str(ROOT / "tools" / "train.py"), "-c", path]
+    process = subprocess.Popen(command, env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        for line in process.stdout:
+            if ", step 3/" in line:
+                break
+        first = json.loads((run / "status.json").read_text())["pid"]
+        os.kill(first, signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+        output += "".join(p.read_text() for p in (tmp_path / "logs").glob("workerlog.*"))
+    finally:
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        process.wait()
+    assert process.returncode == 0, output[-3000:]
+    step = int(re.search(r"stopped by SIGTERM after step (\d+) of 4000", output)[1])
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{step:06d}"]
+    state = json.loads((run / "checkpoints" / f"step-{step:06d}" / "state.json").read_text())
+    assert state["step"] == step == state["data"]["step"]
