@@ -163,9 +163,8 @@ class _Model:
     def parameters(self):
         return [self.weight]
 
-    def to_json(self, path):
-        with open(path, "w") as file:
-            file.write("{}")
+    def to_dict(self):
+        return {}
 
 
 def test_a_disk_that_loses_data_or_is_nearly_full_is_found_by_the_trial(monkeypatch, tmp_path):

@@ -91,7 +91,7 @@ def test_the_status_follows_a_run_to_its_end(pretrain_config, unimo2, tmp_path, 
         return plain(self, model, batch)
 
     monkeypatch.setattr(PretrainTask, "loss", loss)
-    path = pretrain_config({"run.save_every": 2})
+    path = pretrain_config({"run.save_every": 2, "run.async_save": False})
     assert unimo2("train", "-c", path).status == 0
     assert [facts["step"] for facts in seen] == [0, 1, 2, 3, 4, 5] and all(facts["alive"] and facts["state"] == "running" for facts in seen)
     assert [facts["checkpoint"] and facts["checkpoint"][0] for facts in seen] == [None, None] + 2 * ["step-000002"] + 2 * ["step-000004"]
