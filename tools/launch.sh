@@ -59,7 +59,8 @@ if [ -z "$workers" ]; then
     fi
 fi
 command=("$python")
-if [ "$workers" -gt 1 ] || [ ${#launcher[@]} -gt 0 ]; then
+# a cluster may say through the environment that there are several machines (Paddle's launcher reads it)
+if [ "$workers" -gt 1 ] || [ ${#launcher[@]} -gt 0 ] || [ "${PADDLE_NNODES:-1}" != 1 ]; then
     command+=(-m paddle.distributed.launch)
     [ -n "$chosen" ] || command+=(--nproc_per_node "$((workers > 1 ? workers : 1))")
     command+=(${launcher[@]+"${launcher[@]}"})

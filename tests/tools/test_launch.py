@@ -1,11 +1,15 @@
 """tools/launch.sh: what it starts, what it starts again, and what it says at the end. A stand-in for Python notes its arguments and fails as told."""
 import os
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import yaml
+
+from unimo2_paddle.config import load_run_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,3 +121,21 @@ def test_wrong_arguments_are_refused_without_starting_anything(launch, arguments
 def test_help_is_the_header(launch):
     status, output, calls = launch("--help")
     assert status == 0 and "--retries N" in output and "set -" not in output and calls == []
+
+
+def test_a_cluster_that_names_several_machines_is_believed(launch, monkeypatch):
+    monkeypatch.setenv("PADDLE_NNODES", "4")
+    assert launch("run.yaml", workers=1)[2] == [f"-m paddle.distributed.launch --nproc_per_node 1 {TRAIN}"]
+
+
+@pytest.mark.parametrize("name", ["paddlejob.yaml", "slurm.sh"])
+def test_cluster_examples_start_configs_and_options_that_exist(name):
+    text = (ROOT / "tools" / "cluster" / name).read_text()
+    (config,) = set(re.findall(r"run_configs/[\w/]+\.yaml", text))
+    load_run_config(ROOT / config, re.findall(r"run\.output=[\w/]+", text)[:1])
+    assert "tools/launch.sh" in text and "--resume" in text and "--retries" in text
+    if name.endswith(".yaml"):
+        (container,) = yaml.safe_load(text)["spec"]["paddleReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+        assert container["command"][1] == "tools/launch.sh" and container["args"][0] == config
+    else:
+        assert subprocess.run(["bash", "-n", str(ROOT / "tools" / "cluster" / name)], check=False).returncode == 0

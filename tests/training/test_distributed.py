@@ -5,12 +5,13 @@ import numpy as np
 import paddle
 import pytest
 
+from unimo2_paddle.checkpoints import store
+from unimo2_paddle.checkpoints.released import assign_parameters, match_parameters, parameter_arrays
 from unimo2_paddle.config import load_run_config
 from unimo2_paddle.errors import TrainingError, UserInputError
 from unimo2_paddle.tasks.base import Shard
 from unimo2_paddle.training import distributed, precision
 from unimo2_paddle.training.precision import Precision
-from unimo2_paddle.training.sharding import _flat, _nested
 
 NAMES = ["text.word_embedding", "vit.cls", "pooler.w", "pooler.b", "mlm_bias"]
 
@@ -46,12 +47,36 @@ def test_one_process_has_nobody_to_agree_with():
     distributed.leave()
 
 
-def test_an_optimizer_state_with_master_weights_travels_as_one_list_of_tensors():
-    state = {"w_moment1_0": paddle.ones([2]), "master_weights": {"w": paddle.zeros([2])}, "LR_Scheduler": {"last_epoch": 1}}
-    flat = _flat(state)
-    assert set(flat) == {"w_moment1_0", "master_weights/w"}
-    assert _nested(flat) == {"w_moment1_0": state["w_moment1_0"], "master_weights": state["master_weights"]}
-    assert _nested({"w_moment1_0": 1}) == {"w_moment1_0": 1}
+class HalfPrecisionOptimizer:
+    """The state of Paddle's AdamW over one bfloat16 and one float32 parameter, as it names things on a GPU."""
+
+    _beta1, _beta2 = 0.9, 0.98
+
+    def state_dict(self):
+        state = {f"{name}_{kind}_0": paddle.full([2], 0.25) for name in ("w_fp32_master_0", "b") for kind in ("moment1", "moment2")}
+        state.update({f"{name}_{kind}_pow_acc_0": paddle.full([1], 0.5) for name in ("w_fp32_master_0", "b") for kind in ("beta1", "beta2")})
+        return {**state, "master_weights": {"w": paddle.full([2], 1.0 + 2.0 ** -20)}}
+
+
+def test_float32_copies_of_half_precision_parameters_are_saved_and_loaded_with_the_optimizer():
+    arrays = store.optimizer_arrays(HalfPrecisionOptimizer())
+    kinds = ("moment1", "moment2", "beta1_pow_acc", "beta2_pow_acc")
+    assert set(arrays) == {f"{name}|{kind}" for name in "wb" for kind in kinds} | {"w|master"}
+    state, first = store.optimizer_state(arrays), HalfPrecisionOptimizer().state_dict()
+    assert state.keys() == first.keys() and (state["master_weights"]["w"] == first["master_weights"]["w"]).all()
+    assert {store.parameter_of(key) for key in state} == {"w", "b", None}
+
+
+def test_a_model_in_bfloat16_is_saved_in_float32_and_read_back_as_it_was():
+    with paddle.utils.unique_name.guard():
+        layer = paddle.nn.Linear(3, 3)
+    layer.to(dtype="bfloat16")
+    arrays = parameter_arrays(layer)
+    assert all(array.dtype == np.float32 for array in arrays.values())
+    before = layer.weight.astype("float32").numpy()
+    assign_parameters(layer, {name: array * 2 for name, array in arrays.items()})
+    assert layer.weight.dtype == paddle.bfloat16 and np.array_equal(layer.weight.astype("float32").numpy(), before * 2)
+    assert match_parameters(layer, {name: (a.shape, a.dtype) for name, a in arrays.items()}, "memory").missing == []
 
 
 @pytest.mark.parametrize("change, complaint", [

@@ -364,8 +364,8 @@ def save_released(model, directory):
 
 
 def parameter_arrays(model):
-    """dict from parameter name to numpy array of a model, sorted by name."""
-    return {p.name: p.numpy() for p in sorted(model.parameters(), key=lambda p: p.name)}
+    """dict from parameter name to numpy array of a model, sorted by name; bfloat16, which numpy lacks, becomes float32."""
+    return {p.name: (p.astype("float32") if _is_bfloat16(p) else p).numpy() for p in sorted(model.parameters(), key=lambda p: p.name)}
 
 
 def match_parameters(model, stored: Dict[str, tuple], source, allow_missing=()):
@@ -405,8 +405,17 @@ def assign_parameters(model, arrays):
     """Set the parameters named in ``arrays``, cast to the parameter's own precision."""
     for parameter in model.parameters():
         if parameter.name in arrays:
-            parameter.set_value(np.ascontiguousarray(arrays[parameter.name], _numpy_dtype(parameter)))
+            value = np.ascontiguousarray(arrays[parameter.name], _numpy_dtype(parameter))
+            if _is_bfloat16(parameter):
+                import paddle
+
+                value = paddle.to_tensor(value).astype("bfloat16")
+            parameter.set_value(value)
 
 
 def _numpy_dtype(parameter):
-    return np.dtype(str(parameter.dtype).rsplit(".", 1)[-1])
+    return np.dtype("float32" if _is_bfloat16(parameter) else str(parameter.dtype).rsplit(".", 1)[-1])
+
+
+def _is_bfloat16(parameter):
+    return str(parameter.dtype).endswith("bfloat16")

@@ -30,6 +30,9 @@ MANIFEST = "manifest.json"
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "state.json")
 AVERAGE = "average.safetensors"
 _STEP = re.compile(r"step-(\d+)(?:\.old)?")
+# Paddle's name of one; those of a half-precision parameter are named after its float32 copy
+_ACCUMULATOR = re.compile(r"(.+?)(?:_fp32_master_\d+)?_(moment1|moment2|beta1_pow_acc|beta2_pow_acc)_\d+")
+MASTERS = "master_weights"  # Paddle's key for the float32 copies of half-precision parameters
 _UNFINISHED = re.compile(r"step-\d+\.(tmp|gone)")  # left by a killed run
 
 
@@ -65,23 +68,47 @@ def _write_json(path, values):
         file.write(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
+def parameter_of(key):
+    """The parameter that an accumulator in an optimizer's ``state_dict`` belongs to; ``None`` for other entries."""
+    match = _ACCUMULATOR.fullmatch(key)
+    return match and match[1]
+
+
+def optimizer_state(arrays):
+    """The ``state_dict`` of an Adam optimizer from the arrays of :func:`optimizer_arrays`."""
+    import paddle
+
+    state, masters = {}, {}
+    for key, array in arrays.items():
+        name, _, kind = key.partition("|")
+        if kind == "master":
+            masters[name] = paddle.to_tensor(array)
+        else:
+            copy = "_fp32_master_0" if f"{name}|master" in arrays else ""
+            state[f"{name}{copy}_{kind}_0"] = paddle.to_tensor(array)
+    return {**state, MASTERS: masters} if masters else state
+
+
 def optimizer_arrays(optimizer):
     """The optimizer's accumulators as ``{"<parameter>|<accumulator>": array}`` (Paddle's running number at the end is cut off).
 
     Paddle hands a loaded accumulator to its parameter at the parameter's next gradient and leaves it out of ``state_dict()`` until then.
     A run saved before that (another corpus trains other parameters) must not lose it, so those in waiting are read too.
+    The float32 copies of half-precision parameters are ``"<parameter>|master"``.
     """
     waiting = getattr(optimizer, "_accumulators_holder", {})
     arrays = {}
-    for key, value in {**waiting, **optimizer.state_dict()}.items():
-        match = re.fullmatch(r"(.+)_(moment1|moment2|beta1_pow_acc|beta2_pow_acc)_\d+", key)
+    state = optimizer.state_dict()
+    for key, value in {**waiting, **state}.items():
+        match = _ACCUMULATOR.fullmatch(key)
         if match:
             arrays[f"{match[1]}|{match[2]}"] = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
     start = {"beta1_pow_acc": np.float32(optimizer._beta1), "beta2_pow_acc": np.float32(optimizer._beta2), "moment1": 0, "moment2": 0}
     names = {key.partition("|")[0] for key in arrays}
     # what load_optimizer made up for a parameter that has had no gradient yet is nothing to keep
     idle = {name for name in names if f"{name}_moment1_0" in waiting and all((arrays[f"{name}|{kind}"] == start[kind]).all() for kind in start)}
-    return {key: array for key, array in arrays.items() if key.partition("|")[0] not in idle}
+    masters = {f"{name}|master": value.numpy() for name, value in state.get(MASTERS, {}).items()}
+    return {**{key: array for key, array in arrays.items() if key.partition("|")[0] not in idle}, **masters}
 
 
 def load_optimizer(optimizer, arrays, parameters):
@@ -89,15 +116,12 @@ def load_optimizer(optimizer, arrays, parameters):
 
     Parameters without any (they had no gradient yet) get those of a first step, which Paddle demands once a state is loaded.
     """
-    import paddle
-
-    state = {}
+    complete = {}
     for parameter in parameters:
         start = {"moment1": np.zeros(parameter.shape, "float32"), "moment2": np.zeros(parameter.shape, "float32"),
                  "beta1_pow_acc": np.full([1], optimizer._beta1, "float32"), "beta2_pow_acc": np.full([1], optimizer._beta2, "float32")}
-        for kind, array in start.items():
-            state[f"{parameter.name}_{kind}_0"] = paddle.to_tensor(arrays.get(f"{parameter.name}|{kind}", array))
-    optimizer.set_state_dict(state)
+        complete.update({f"{parameter.name}|{kind}": array for kind, array in start.items()})
+    optimizer.set_state_dict(optimizer_state({**complete, **arrays}))
 
 
 def take_snapshot(model, optimizer, state, average=None):
@@ -433,4 +457,4 @@ def _check_fit(path, snapshot, model, optimizer):
 def _fits(key, array, shapes):
     """Whether an accumulator belongs to one of the parameters in ``shapes``: moments as large as it, powers of beta as one number."""
     name, _, kind = key.partition("|")
-    return name in shapes and array.shape in ((shapes[name],) if kind in ("moment1", "moment2") else ((1,), ()))
+    return name in shapes and array.shape in ((shapes[name],) if kind in ("moment1", "moment2", "master") else ((1,), ()))

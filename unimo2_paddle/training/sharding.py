@@ -2,9 +2,8 @@
 import paddle
 import paddle.distributed as dist
 
+from unimo2_paddle.checkpoints.store import MASTERS, optimizer_arrays, optimizer_state, parameter_of
 from unimo2_paddle.errors import UserInputError
-
-_MASTER = "master_weights"  # Paddle's key for the float32 copies of half-precision parameters
 
 
 def check_stage(stage):
@@ -44,24 +43,38 @@ class ShardedOptimizer:
 
     def collect(self):
         """Bring the whole state to the first worker, whose next :meth:`state_dict` is complete; all workers call this."""
-        own = _flat(self._fleet.state_dict())
+        own = optimizer_arrays(self._fleet)
         described = []
-        dist.all_gather_object(described, [(name, list(own[name].shape), str(own[name].dtype).rsplit(".", 1)[-1]) for name in sorted(own)])
+        dist.all_gather_object(described, [(key, own[key].shape, str(own[key].dtype)) for key in sorted(own)])
         if self._shard.rank > 0:
-            for name in sorted(own):
-                dist.send(own[name].contiguous(), dst=0)
+            for key in sorted(own):
+                dist.send(paddle.to_tensor(own[key]), dst=0)
             return
         for rank in range(1, self._shard.world_size):
-            for name, shape, dtype in described[rank]:
+            for key, shape, dtype in described[rank]:
                 received = paddle.empty(shape, dtype)
                 dist.recv(received, src=rank)
-                own[name] = received.cpu()
-        self._whole = _nested(own)
+                own[key] = received.numpy()
+        self._whole = optimizer_state(own)
 
     def state_dict(self):
         """The state that :meth:`collect` brought, once; at other times this worker's own part."""
         whole, self._whole = self._whole, None
         return self._fleet.state_dict() if whole is None else whole
+
+    def set_state_dict(self, state):
+        """Take this worker's part of a whole state."""
+        spread = self._fleet._inner_opt
+        own = {p.name for p in spread._rank2params[self._shard.rank]}
+        parts = {key: value for key, value in state.items() if parameter_of(key) in own}
+        if MASTERS in state:
+            parts[MASTERS] = {name: value for name, value in state[MASTERS].items() if name in own}
+        spread.set_state_dict(parts)
+
+    @property
+    def _accumulators_holder(self):
+        """Nothing waits outside of what :meth:`collect` brings."""
+        return {}
 
 
 def with_gradient(parameters):
@@ -69,16 +82,3 @@ def with_gradient(parameters):
     present = paddle.to_tensor([int(p.grad is not None) for p in parameters], dtype="int32")
     dist.all_reduce(present, op=dist.ReduceOp.MAX)
     return [p for p, there in zip(parameters, present.tolist()) if there]
-
-
-def _flat(state):
-    """The tensors of an optimizer's state by one name each."""
-    tensors = {name: value for name, value in state.items() if isinstance(value, paddle.Tensor)}
-    return {**tensors, **{(f"{_MASTER}/{name}"): value for name, value in state.get(_MASTER, {}).items()}}
-
-
-def _nested(tensors):
-    """The inverse of :func:`_flat`."""
-    state = {name: value for name, value in tensors.items() if not name.startswith(f"{_MASTER}/")}
-    masters = {name[len(_MASTER) + 1:]: value for name, value in tensors.items() if name.startswith(f"{_MASTER}/")}
-    return {**state, _MASTER: masters} if masters else state
