@@ -223,11 +223,12 @@ def test_too_many_bad_records_stop_the_run(world, tmp_path):
     assert builder.bad_records.seen >= 100, "a few records prove nothing"
 
 
-def test_a_ratio_of_one_never_stops(world, tmp_path):
+def test_a_ratio_of_one_never_stops_but_the_log_counts(world, tmp_path, caplog):
     builder, orders = world({"pairs": write_pairs(tmp_path / "shards", 2, ["broken1", "broken2", "broken3"])}, ["pairs"], max_bad_ratio=1)
     for draw in draws_of(orders, "pairs", 30):
         builder(draw)
     assert builder.bad_records.bad > 60
+    assert [record.args[0] for record in caplog.records] == [1, 10] + [100] * (builder.bad_records.bad >= 100)
 
 
 def test_nothing_but_bad_records_is_an_error_not_an_endless_search(world, tmp_path):

@@ -1,6 +1,7 @@
 """Pre-training batches: shards and vocabulary in, dictionaries of numpy arrays out."""
 import fcntl
 import json
+import logging
 import mmap
 import os
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from unimo2_paddle.data.remote_shards import Lookahead, ShardCache, is_remote
 from unimo2_paddle.data.shards import EpochOrder, ShardSet
 from unimo2_paddle.data.workers import note, process_number
 from unimo2_paddle.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS_PER_TOKEN = 40  # a text is cut before tokenising: a 10,000-word caption must not cost 10,000 words of work
 SUBSTITUTES = 20               # how many other records are tried in place of a bad one
@@ -142,7 +145,10 @@ class BadRecords:
         """Count and write down one bad record; raises ``DataError`` when the share passes the limit."""
         self._counts[process_number() % self._PROCESSES, 1] += 1
         self.write(shard, key, str(error))
-        self.check(self.bad, self.seen, "records read", f"; the last one: {error}")
+        bad, seen = self.bad, self.seen
+        if bad in (1, 10, 100) or bad % 1000 == 0:
+            logger.warning("bad records so far: %d of %d, each listed once in %s; the last one: %s", bad, seen, self.path, error)
+        self.check(bad, seen, "records read", f"; the last one: {error}")
 
     def write(self, shard, key, reason):
         """Write down one bad record, unless the file already has it.

@@ -56,7 +56,7 @@ class WorkerPool:
 
     def __init__(self, build, tasks, num_workers, describe=str):
         self._tasks, self._describe = tasks, describe
-        self._turn, self._workers = 0, []
+        self._turn, self._workers, self._failure = 0, [], None
         context = multiprocessing.get_context("fork")  # what is built from is opened once, not pickled for every worker
         for number in range(num_workers):
             ours, theirs = context.Pipe(duplex=True)
@@ -79,9 +79,22 @@ class WorkerPool:
             DataError: building the batch raised one.
             WorkerError: the worker died or building failed in another way.
         """
+        if self._failure is not None:
+            raise self._failure  # what comes after a lost batch must not pass for it
         worker = self._workers[self._turn]
         if not worker.tasks:
             raise StopIteration
+        try:
+            batch = self._receive_from(worker)
+        except (DataError, WorkerError) as error:
+            self._failure = error
+            raise
+        worker.tasks.popleft()
+        self._hand_out(worker)
+        self._turn = (self._turn + 1) % len(self._workers)
+        return batch
+
+    def _receive_from(self, worker):
         try:
             while not worker.connection.poll(_REMARK_AFTER):
                 # not an error: a remote shard may be on its way; but a dead network file system would keep it like that for ever
@@ -95,9 +108,6 @@ class WorkerPool:
         if kind == "error":
             message, trace = content
             raise WorkerError(f"data worker {worker.number} failed at {self._doing(worker)}: {message}") from _Remote(trace)
-        worker.tasks.popleft()
-        self._hand_out(worker)
-        self._turn = (self._turn + 1) % len(self._workers)
         return batch
 
     def close(self):
