@@ -239,7 +239,8 @@ def torture(directory, arguments):
     """The whole tool; returns whether everything was identical."""
     config = write_config(directory, arguments.steps, not arguments.sync)
     wanted, *times = train_in_peace(Run(config, directory / "peace", arguments.workers))
-    print(f"{arguments.workers} worker(s), {arguments.steps} steps, a checkpoint every {SAVE_EVERY}, {'waiting for each' if arguments.sync else 'in the background'}; "
+    how = "waiting for each" if arguments.sync else "in the background"
+    print(f"{arguments.workers} worker(s), {arguments.steps} steps, a checkpoint every {SAVE_EVERY}, {how}; "
           f"undisturbed: first step after {times[0]:.1f} s, {times[1]:.2f} s a step, {times[2]:.3f} s a checkpoint\n", flush=True)
     print(f"{'kill':>4}  {'run':>3}  {'after step':>10}  {'killed':<6}  {'while':<44}  checkpoints", flush=True)
     chance, kills, inside, good, number = random.Random(arguments.seed), 0, 0, True, 0

@@ -181,7 +181,8 @@ def test_a_write_that_fails_in_the_background_ends_the_run_and_keeps_the_earlier
     path, run = straight
     copy = stopped(run, 3, tmp_path / "copy")
     outcome = resumed_until(5, unimo2, path, copy)
-    assert outcome.status == 2 and re.search("cannot write the checkpoint .*step-000006 .*No space left on device; earlier checkpoints are untouched", outcome.err)
+    assert outcome.status == 2
+    assert re.search("cannot write the checkpoint .*step-000006 .*No space left on device; earlier checkpoints are untouched", outcome.err)
     assert "Traceback" not in outcome.err
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == [f"step-{step:06d}" for step in range(1, 6)]
 

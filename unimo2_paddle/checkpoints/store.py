@@ -83,6 +83,7 @@ def optimizer_state(arrays):
         name, _, kind = key.partition("|")
         if kind == "master":
             masters[name] = paddle.to_tensor(array)
+            masters[name].name = f"{name}_fp32_master_0"  # Paddle looks for the accumulators under the name of this tensor
         else:
             copy = "_fp32_master_0" if f"{name}|master" in arrays else ""
             state[f"{name}{copy}_{kind}_0"] = paddle.to_tensor(array)
@@ -97,16 +98,17 @@ def optimizer_arrays(optimizer):
     The float32 copies of half-precision parameters are ``"<parameter>|master"``.
     """
     waiting = getattr(optimizer, "_accumulators_holder", {})
-    arrays = {}
+    arrays, loaded = {}, set()
     state = optimizer.state_dict()
     for key, value in {**waiting, **state}.items():
         match = _ACCUMULATOR.fullmatch(key)
         if match:
             arrays[f"{match[1]}|{match[2]}"] = np.asarray(value.numpy() if hasattr(value, "numpy") else value)
+            if key in waiting:
+                loaded.add(match[1])
     start = {"beta1_pow_acc": np.float32(optimizer._beta1), "beta2_pow_acc": np.float32(optimizer._beta2), "moment1": 0, "moment2": 0}
-    names = {key.partition("|")[0] for key in arrays}
     # what load_optimizer made up for a parameter that has had no gradient yet is nothing to keep
-    idle = {name for name in names if f"{name}_moment1_0" in waiting and all((arrays[f"{name}|{kind}"] == start[kind]).all() for kind in start)}
+    idle = {name for name in loaded if all((arrays[f"{name}|{kind}"] == start[kind]).all() for kind in start)}
     masters = {f"{name}|master": value.numpy() for name, value in state.get(MASTERS, {}).items()}
     return {**{key: array for key, array in arrays.items() if key.partition("|")[0] not in idle}, **masters}
 
