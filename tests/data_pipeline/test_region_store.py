@@ -134,6 +134,13 @@ def test_a_store_needs_one_usable_record(tmp_path):
     assert not (tmp_path / "empty").exists() and not (tmp_path / "empty.unfinished").exists()
 
 
+def test_records_with_and_without_object_columns_do_not_mix_unless_those_are_left_out(tmp_path):
+    path = write(tmp_path / "a.tsv", [record(0), with_objects(record(1))])
+    assert run([path], tmp_path / "mixed")["bad_records"] == 1
+    assert "where the store has no object columns; import with --no-objects" in (tmp_path / "mixed" / "bad_records.jsonl").read_text()
+    assert run([path], tmp_path / "plain", objects=False)["pictures"] == 2
+
+
 def test_features_that_overflow_float16_are_bad_records(tmp_path):
     large = replace(record(1), features=np.full((3, 6), 1e5, np.float32))
     path = write(tmp_path / "a.tsv", [record(0), large])
