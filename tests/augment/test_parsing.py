@@ -14,6 +14,7 @@ def test_objects_attributes_relations_and_actions_are_found(parser):
     assert facts(parser, "A large red ball is to the left of an old wooden bench.") == {
         ("object", "ball"), ("object", "bench"), ("attribute", "ball", "size", "large"), ("attribute", "ball", "colour", "red"),
         ("attribute", "bench", "age", "old"), ("attribute", "bench", "material", "wooden"), ("relation", "ball", "left of", "bench")}
+    assert ("object", "sink") in facts(parser, "A bathroom with a white toilet and a sink.")
     assert ("action", "woman", verb_stem("rides"), "bicycle") in facts(parser, "A woman riding a bike down the hill")
 
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from unimo2_paddle.augment.rewriting import LEVELS, Rewriter, RewriteOptions, Slot, _replace
+from unimo2_paddle.augment.rewriting import LEVELS, RewriteOptions, Rewriter, Slot, _replace
 from unimo2_paddle.augment.sources import AugmentRecord, Source
 from unimo2_paddle.augment.store import Augmentations
 from unimo2_paddle.augment.text_index import TextIndex, words

@@ -149,8 +149,10 @@ class SceneParser:
                 units.append(Unit(phrase, start, last[2], "NN" if kind == "noun" else "IN", kind, category))
                 i += count
                 continue
-            kind, category = self._kind(word, tags[i])
             tag = tags[i]
+            if tag in ("VB", "VBP") and units and (units[-1].tag in ("DT", "PRP$") or units[-1].kind == "attribute"):
+                tag = "NN"  # "a sink": the tagger prefers the verb
+            kind, category = self._kind(word, tag)
             if kind == "noun" and tag not in _NOUNS:
                 tag = "NN" if word in self.lexicon.objects else "NNS"
             units.append(Unit(word, start, end, tag, kind, category))
@@ -228,7 +230,7 @@ class SceneParser:
         name = " ".join(unit.text for unit in nouns)
         plural = nouns[-1].tag in ("NNS", "NNPS")
         singular = self.singular(name) if plural else name
-        if singular in self.lexicon.general_nouns or nouns[-1].text in self.lexicon.general_nouns or self.singular(nouns[-1].text) in self.lexicon.general_nouns:
+        if self.lexicon.general_nouns & {singular, nouns[-1].text, self.singular(nouns[-1].text)}:
             return None, j
         thing = SceneObject(name, self.lexicon.same("object", singular), plural, nouns[0].start, nouns[-1].end, modifiers)
         thing.phrase_start = modifiers[0].start if modifiers else thing.start

@@ -66,8 +66,8 @@ def _section(record, shard, finder):
             lines += [f"<div><span class='level'>{html.escape(level)}</span>{_negative(caption.text, entry)}</div>" for entry in negatives]
     if record.texts:
         lines.append("<h3>related texts</h3>")
-        lines += [f"<div><span class='level'>{entry['score']:.3f}</span>{html.escape(entry['text'])} <span class='level'>{html.escape(entry['key'])}</span></div>"
-                  for entry in record.texts]
+        lines += [f"<div><span class='level'>{entry['score']:.3f}</span>{html.escape(entry['text'])} "
+                  f"<span class='level'>{html.escape(entry['key'])}</span></div>" for entry in record.texts]
     if record.images:
         lines.append("<h3>related pictures</h3>")
         lines += [f"<figure>{finder.show(entry['shard'], entry['key'])}<figcaption>{entry['score']:.3f} {html.escape(entry['key'])}</figcaption></figure>"
