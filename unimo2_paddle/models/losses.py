@@ -78,8 +78,9 @@ def masked_region_losses(class_logits, features, target_classes, target_features
     """
     classes = regression = None
     if class_logits is not None:
-        losses = F.cross_entropy(class_logits, target_classes, soft_label=len(target_classes.shape) == 2, reduction="none")
-        classes = losses.sum() / max(len(class_logits), 1)
+        soft = len(target_classes.shape) == 2
+        # an empty sum keeps the graph; cross entropy of nothing is not defined everywhere
+        classes = F.cross_entropy(class_logits, target_classes, soft_label=soft) if class_logits.shape[0] else class_logits.sum()
     if features is not None:
         regression = (features - target_features).square().sum() / max(features.shape[0] * features.shape[1], 1)
     return classes, regression
