@@ -36,8 +36,8 @@ ABOUT = {
     "mnli": {"task": "glue", "dataset": "mnli", "labels": LABELS, "max_text_len": 64, "pair": True},
     "sst2": {"task": "glue", "dataset": "sst2", "labels": ["0", "1"], "max_text_len": 64, "pair": False},
     "stsb": {"task": "glue", "dataset": "stsb", "labels": [], "max_text_len": 64, "pair": True},
-    "entailment": {"task": "entailment", "labels": LABELS, "max_text_len": 40, "layout": "pair"},
-    "vqa": {"task": "vqa", "answers": ["yes", "no", "red", "2"], "frequent_answers": {}, "max_text_len": 40, "layout": "caption"},
+    "entailment": {"task": "entailment", "labels": LABELS, "max_text_len": 40, "layout": "pair", "contrastive": False},
+    "vqa": {"task": "vqa", "answers": ["yes", "no", "red", "2"], "frequent_answers": {}, "max_text_len": 40, "layout": "caption", "contrastive": False},
     "imagenet": {"task": "imagenet", "classes": ["n1", "n2"], "names": ["cat", "dog"], "inputs": "image", "centre_crop": 0.0},
     "captioning": {"task": "captioning", "decoding": DECODING, "object_tags": False},
     "tagged": {"task": "captioning", "decoding": DECODING, "object_tags": True},
@@ -52,7 +52,7 @@ TEXTS = {"text": "A small red ring is left of a blue box.", "text_b": "There is 
 def test_the_task_files_of_these_tests_have_the_keys_the_tasks_write():
     settings = SimpleNamespace(
         data=SimpleNamespace(max_text_len=64, objects="", dataset="mnli", class_names=lambda: LABELS),
-        eval=SimpleNamespace(decoding=Decoding(), centre_crop=0.0), head=SimpleNamespace(layout="pair"))
+        eval=SimpleNamespace(decoding=Decoding(), centre_crop=0.0), head=SimpleNamespace(layout="pair", contrastive=False))
     stand_in = SimpleNamespace(config=settings, data=settings.data, answers=["yes"], frequent=dict, classes=["n1"], names=["cat"], inputs="image")
     for name, task in (("mnli", GlueTask), ("entailment", EntailmentTask), ("vqa", VqaTask), ("imagenet", ImagenetTask), ("captioning", CaptioningTask)):
         assert set(task.description(stand_in)) == set(ABOUT[name]) - {"task"}, name
