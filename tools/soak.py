@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # per 1,000 steps: what the allocator may gain on a machine that does other things as well
 ALLOWED = {"memory_mb": 20.0, "worker_memory_mb": 20.0, "open_files": 0.0, "shared_memory": 0.0, "threads": 0.0, "children": 0.0}
-UNITS = {"memory_mb": "MB resident", "worker_memory_mb": "MB resident in data workers", "open_files": "open files", "shared_memory": "mapped memory segments",
+UNITS = {"memory_mb": "MB resident", "worker_memory_mb": "MB of data workers alone", "open_files": "open files", "shared_memory": "mapped memory segments",
          "threads": "threads", "children": "child processes"}
 
 RUN = {
@@ -31,11 +31,17 @@ RUN = {
 }
 
 
-def resident(pid):
-    """Resident memory of a process in MB, 0 when it is gone."""
+def resident():
+    """Resident memory of this process in MB."""
+    with open("/proc/self/statm", encoding="utf-8") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def private(pid):
+    """Memory in MB that a process shares with no other, 0 when it is gone: a forked worker's resident memory is mostly the trainer's."""
     try:
-        with open(f"/proc/{pid}/statm", encoding="utf-8") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+        with open(f"/proc/{pid}/smaps_rollup", encoding="utf-8") as file:
+            return sum(int(line.split()[1]) for line in file if line.startswith("Private_")) / 1e3
     except OSError:
         return 0.0
 
@@ -58,7 +64,7 @@ def measure():
     with open("/proc/self/maps", encoding="utf-8") as file:
         shared = sum("memfd:" in line or "/dev/shm/" in line for line in file)
     below = children()
-    return {"memory_mb": resident("self"), "worker_memory_mb": sum(map(resident, below)), "open_files": len(os.listdir("/proc/self/fd")),
+    return {"memory_mb": resident(), "worker_memory_mb": sum(map(private, below)), "open_files": len(os.listdir("/proc/self/fd")),
             "shared_memory": shared, "threads": len(os.listdir("/proc/self/task")), "children": len(below)}
 
 
@@ -139,7 +145,8 @@ def main(argv=None):
         samples = soak(directory, args.steps, args.restart, every, args.workers)
     if args.json:
         Path(args.json).write_text(json.dumps(samples, indent=1) + "\n", encoding="utf-8")
-    settled = [sample for sample in samples if sample["step"] > args.steps / 5]  # caches, first checkpoint and first board file are there
+    # the first start after a stop still fills caches that the next ones find
+    settled = [sample for sample in samples if sample["step"] > max(args.steps / 5, min(args.restart, args.steps / 2))]
     found = verdicts(settled)
     print(f"{'quantity':<28} {'step ' + str(settled[0]['step']):>10} {'step ' + str(settled[-1]['step']):>10} {'per 1,000 steps':>16}  verdict")
     for name, (first, last, growth, flat) in found.items():
