@@ -50,3 +50,17 @@ def global_share(count):
     total = paddle.to_tensor([float(count)], dtype="float32")
     dist.all_reduce(total)
     return max(float(total), 1e-12) / world_size()
+
+
+def mean_over_all(total, count):
+    """A sum over this worker's items as its part of the mean over all workers' items.
+
+    Args:
+        total: scalar tensor; count: number of items here, an int or a scalar tensor.
+
+    Returns:
+        scalar tensor, ``total`` / :func:`global_share`.
+    """
+    if paddle.in_dynamic_mode() or isinstance(count, int):
+        return total / global_share(float(count))
+    return total / count.astype(total.dtype).clip(min=1e-12)  # a static Program, in one process, knows the number when it runs

@@ -40,6 +40,12 @@ def mask_to_bias(mask, num_heads):
     return bias.unsqueeze(1).expand([-1, num_heads, -1, -1])
 
 
+def length(tensor, axis=0):
+    """The size of an axis: an int, or where a static Program leaves it open a scalar tensor."""
+    size = tensor.shape[axis]
+    return size if size >= 0 else paddle.shape(tensor)[axis]
+
+
 class LayerCache:
     """Keys and values of one layer during decoding: of the prefix that all beams of an image share, and of every beam's own tokens.
 

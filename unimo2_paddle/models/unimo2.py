@@ -199,7 +199,8 @@ class Unimo2Model(nn.Layer):
         if first_only:
             return self._first_rows(out, states, mask, starts, image_states is not None, text_states is not None)
         fused = self.grounded_encoder(states, mask, caches=caches)
-        spans = [fused[:, a:b] for a, b in zip(starts, starts[1:])]
+        # the last part reaches to the end, so its length may be open (static graph)
+        spans = [fused[:, a:b] for a, b in zip(starts, [*starts[1:-1], None])]
         if image_states is not None:
             out.fused_image = spans.pop(0)
         if self.grounded:

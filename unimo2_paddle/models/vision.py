@@ -3,7 +3,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from unimo2_paddle.models.transformer import Encoder, layer_norm
+from unimo2_paddle.models.transformer import Encoder, layer_norm, length
 
 
 def resize_position_embeddings(table, grid):
@@ -70,7 +70,7 @@ class VisionTransformer(nn.Layer):
     def forward(self, image):
         """States of ``image`` float32 ``[B, S, S, 3]``: ``[B, 1 + P, H]``, [CLS] first."""
         patches = self.embed_patches(image)
-        cls = self.class_token.expand([patches.shape[0], 1, patches.shape[2]])
+        cls = self.class_token.expand([length(patches), 1, patches.shape[2]])
         states = paddle.concat([cls, patches], axis=1)
         states = states + resize_position_embeddings(self.positions, image.shape[1] // self.patch)
         if self.hidden_dropout:

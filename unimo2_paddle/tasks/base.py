@@ -163,6 +163,7 @@ class RunSection:
     evaluate_at_end: bool = True
     early_stop: int = 0             # stop after so many evaluations without a better one; 0: never
     progress: bool = True
+    graph: str = "dynamic"          # static: Programs in one process; to_static: traced encoders in the dynamic loop
     skip_bad_steps: int = 0         # so many steps whose loss or gradient is not finite are left out before the run stops
     trial_save: bool = True         # write and read back a checkpoint before training starts
     profile: List[int] = field(default_factory=list)  # first and last step that Paddle's profiler looks at, for example [10, 20]
@@ -184,7 +185,7 @@ class RunSection:
                         for key, low in (("log_every", 1), ("save_every", 0), ("early_stop", 0), ("keep_last", 1), ("seed", 0),
                                          ("check_workers_every", 0), ("worker_timeout", 1), ("skip_bad_steps", 0)) if getattr(self, key) < low] + [
                     f"{key}: {getattr(self, key)!r} is not one of {', '.join(map(str, choices))}"
-                    for key, choices in (("sharding", (0, 1, 2, 3)), ("amp", ("off", "O1", "O2")), ("amp_dtype", ("bfloat16", "float16")))
+                    for key, choices in (("graph", ("dynamic", "static", "to_static")), ("sharding", (0, 1, 2, 3)), ("amp", ("off", "O1", "O2")), ("amp_dtype", ("bfloat16", "float16")))
                     if getattr(self, key) not in choices]
 
 

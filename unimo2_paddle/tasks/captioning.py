@@ -14,7 +14,8 @@ from unimo2_paddle.metrics.caption import CiderD, caption_metrics, java_metrics
 from unimo2_paddle.metrics.ptb import caption_tokens
 from unimo2_paddle.models.generation import FIRST_POSITION, Decoding, generate
 from unimo2_paddle.models.losses import smoothed_cross_entropy
-from unimo2_paddle.models.parallel import global_share
+from unimo2_paddle.models.parallel import mean_over_all
+from unimo2_paddle.models.transformer import length
 from unimo2_paddle.tasks.base import ModelSection, RunSection, Task, build_unimo2, check_vocabulary, normalise_tensor, to_tensors
 from unimo2_paddle.tasks.captioning_data import CaptionDataset, CaptioningData, picture_arrays, target_arrays
 from unimo2_paddle.tasks.finetune import FinetuneEval, FinetuneTask, FinetuneTrain, batches_of
@@ -92,6 +93,8 @@ class CaptioningTask(FinetuneTask):
     @classmethod
     def check(cls, config):
         found = []
+        if config.train.scst and config.run.graph == "static":
+            found.append("train.scst: draws captions step by step, which a static Program cannot; set run.graph: dynamic")
         if not config.model.config and not os.path.exists(config.model.init):
             return found  # the checkpoint is still to be made
         limit = config.model.model_config().text_max_position_embeddings - FIRST_POSITION
@@ -131,10 +134,10 @@ class CaptioningTask(FinetuneTask):
         if self.config.train.scst:
             return self._self_critical(model, batch)
         logits = self._logits(model, model.encode_image(normalise_tensor(batch["image"])), batch)
-        share = global_share(batch["labels"].shape[0])
+        count = length(batch["labels"])
         losses = smoothed_cross_entropy(logits, batch["labels"], self.config.train.label_smoothing, reduction="none")
         hits = (logits.argmax(axis=-1) == batch["labels"]).astype("float32")
-        return {"loss": losses.sum() / share, "token_accuracy": (hits.sum() / share).detach()}
+        return {"loss": mean_over_all(losses.sum(), count), "token_accuracy": mean_over_all(hits.sum(), count).detach()}
 
     def _logits(self, model, image_states, text):
         """Vocabulary logits ``[N, V]`` at the places to predict from; ``text`` as of :func:`target_arrays`."""
@@ -168,7 +171,7 @@ class CaptioningTask(FinetuneTask):
         states = paddle.repeat_interleave(model.encode_image(image), samples, axis=0)
         losses = F.cross_entropy(self._logits(model, states, text), text["labels"], reduction="none").reshape([-1])
         weights = np.repeat(advantage, [len(ids) - 1 for ids in captions]).astype("float32")
-        return {"loss": (losses * paddle.to_tensor(weights)).sum() / global_share(len(weights)),
+        return {"loss": mean_over_all((losses * paddle.to_tensor(weights)).sum(), len(weights)),
                 "reward": paddle.to_tensor(float(rewards.mean())), **terms}
 
     def _reward(self, picture, hypothesis):

@@ -12,7 +12,8 @@ from unimo2_paddle.data.pretrain_batches import BadRecords, PretrainBatchBuilder
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import ConfigError
 from unimo2_paddle.models.losses import contrastive_loss, visual_contrastive_loss
-from unimo2_paddle.models.parallel import gather_rows, global_share, rank
+from unimo2_paddle.models.parallel import gather_rows, mean_over_all, rank
+from unimo2_paddle.models.transformer import length
 from unimo2_paddle.tasks.base import Task, build_unimo2, check_vocabulary, normalise_tensor
 from unimo2_paddle.tasks.finetune import copy_vocabulary
 from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalEval, evaluation_mode, retrieval_evaluators
@@ -272,7 +273,7 @@ class PretrainTask(Task):
         # from here on only the pairs that go through the grounded encoder; the others still serve as negatives
         rows = batch["fused"]
         some_image, some_clean, mask, positions = (
-            part if len(rows) == part.shape[0] else paddle.index_select(part, rows) for part in (image, clean, mask, positions))
+            part if rows.shape[0] == part.shape[0] else paddle.index_select(part, rows) for part in (image, clean, mask, positions))
         masked = model.encode_text(batch["masked_ids"], positions, mask) if weights.masked_lm or masked_for_matching else None
         if weights.matching or weights.dictionary or weights.masked_grounding or (masked_for_matching and weights.masked_lm):
             token_mask = batch.get("token_mask")
@@ -296,7 +297,7 @@ class PretrainTask(Task):
     def _matching_terms(self, model, batch, image, text, pair, image_features, text_features):
         """Matching of true pairs and of hard negatives drawn inside groups by similarity (Gumbel noise from the batch)."""
         train, group, here = self.config.train, self.config.train.matching_group, batch["fused"]
-        blocks, size = image.shape[0] // group, len(here)
+        blocks, size = image.shape[0] // group, here.shape[0]
         per = size // blocks
         with paddle.no_grad():
             similarity = paddle.matmul(image_features.reshape([blocks, group, -1]), text_features.reshape([blocks, group, -1]),
@@ -317,7 +318,7 @@ class PretrainTask(Task):
                 images, texts = paddle.where(even, here, other_image), paddle.where(even, other_text, here)
         token_mask = batch.get("token_mask")
         if token_mask is not None:  # hidden grounded tokens must not tell true pairs from false ones
-            token_mask = token_mask.tile([len(images) // size, 1])
+            token_mask = token_mask.tile([images.shape[0] // size, 1])
         negative = model.fuse(paddle.index_select(image, images), paddle.index_select(text, texts), paddle.index_select(batch["text_mask"], texts),
                               token_mask=token_mask, first_only=True, with_grounding_loss=False)
         logits = paddle.concat([model.matching_logits(pair), model.matching_logits(negative)])
@@ -332,24 +333,23 @@ class PretrainTask(Task):
         """Cross entropy of the words at ``predict_from``, as the mean over all workers' words."""
         states = paddle.index_select(fused_text.reshape([-1, fused_text.shape[-1]]), batch["predict_from"])
         loss = F.cross_entropy(model.mlm_logits(states), batch["labels"], reduction="sum")
-        return loss / global_share(batch["labels"].shape[0])
+        return mean_over_all(loss, length(batch["labels"]))
 
     def _masked_grounding_loss(self, model, out, token_mask):
         hidden = out.fused_grounded.reshape([-1, out.fused_grounded.shape[-1]])
         loss = F.cross_entropy(model.masked_grounding_logits(hidden), out.grounded_ids.reshape([-1]), reduction="none").reshape([-1])
         hidden_tokens = token_mask.reshape([-1])
-        return (loss * hidden_tokens).sum() / global_share(float(hidden_tokens.sum()))
+        return mean_over_all((loss * hidden_tokens).sum(), hidden_tokens.sum())
 
     def _caption_loss(self, model, ids, positions, mask, image):
         """Left-to-right prediction of the caption in the ``caption`` layout."""
-        length = ids.shape[1]
-        causal = paddle.tril(paddle.ones([length, length])) * mask.unsqueeze(1) * mask.unsqueeze(2)
+        causal = paddle.tril(mask.unsqueeze(1) * mask.unsqueeze(2))
         text = model.encode_text(ids, positions, causal)
         out = model.fuse(image, text, causal, layout="caption")
         logits = model.mlm_logits(out.fused_text[:, :-1].reshape([-1, out.fused_text.shape[-1]]))
         weights = mask[:, 1:].reshape([-1])
         loss = F.cross_entropy(logits, ids[:, 1:].reshape([-1]), reduction="none").reshape([-1])
-        return (loss * weights).sum() / global_share(float(weights.sum()))
+        return mean_over_all((loss * weights).sum(), weights.sum())
 
     def _image_terms(self, model, batch):
         """Two augmented views through the grounded encoder; the other view is the positive (visual contrastive learning)."""

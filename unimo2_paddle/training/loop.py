@@ -23,8 +23,10 @@ from unimo2_paddle.training.profiling import StepProfiler
 from unimo2_paddle.training.sanity import BadSteps, GradientCoverage, StepWitness, global_norm, gradient_norms, trial_save
 from unimo2_paddle.training.schedule import ScheduleConfig, make_schedule
 from unimo2_paddle.training.signals import StopSignals
+from unimo2_paddle.training.static import StaticGraph, check_graph
 from unimo2_paddle.training.status import Heartbeat
 from unimo2_paddle.training.throughput import matmul_ceiling
+from unimo2_paddle.training.traced import trace_encoders
 
 
 class _LossLayer(nn.Layer):
@@ -68,12 +70,14 @@ class Trainer:
         self.total = task.total_steps()
         self.resume_path = self._resume_path(resume)
         self.precision = Precision(self.run_config.amp, self.run_config.amp_dtype)
+        if self.run_config.graph != "dynamic":
+            check_graph(self.run_config)
         self.shard = distributed.start(self.run_config.sharding, self.run_config.worker_timeout)
         self.first_worker = self.shard.rank == 0
         self.best, self.stale = None, 0  # stale: judging evaluations since the best one
         self.stopped, self.done = None, 0
         self.writer = Writer(config.run.async_save)
-        self.average = None
+        self.average = self.static = None
         self.evaluators = task.evaluators()
 
     def _resume_path(self, resume):
@@ -141,10 +145,15 @@ class Trainer:
         self.parameters = self.model.parameters()
         self.optimizer = build_optimizer(self.parameters, optim)
         self.precision.prepare(self.model, self.optimizer)
+        if run.graph == "to_static":
+            trace_encoders(self.model)
         self.layer = distributed.wrap(_LossLayer(self.task, self.model), self.shard)
         self.optimizer = distributed.wrap_optimizer(self.optimizer, self.shard, run.sharding)
         if self.shard.world_size > 1:
             self.precision.spread()
+        if run.graph == "static":
+            self.static = StaticGraph(self.task, self.model, self.optimizer, optim, getattr(self.config.train, "accumulate", 1), run.recompute)
+            self.optimizer = self.static.optimizer
         if optim.ema:
             self.average = WeightAverage(self.parameters, optim.ema)
         if self.resume_path:
@@ -249,7 +258,7 @@ class Trainer:
             samples += batch["samples"]
             work += self.task.work(batch)
             paddle.seed(step_seed(self.run_config.seed, step, micro, self.shard.rank))
-            losses = self._backward(to_tensors(batch), accumulate, last=micro == accumulate - 1)
+            losses = self._backward(batch, accumulate, last=micro == accumulate - 1)
             losses = {name: float(value) for name, value in losses.items()}
             witness.take(batch, losses)
             for name, value in losses.items():
@@ -280,9 +289,11 @@ class Trainer:
 
     def _backward(self, batch, accumulate, last):
         """Forward and backward of one micro-batch; workers exchange gradients only in a step's last one."""
+        if self.static is not None:
+            return self.static.backward(batch)
         with contextlib.nullcontext() if last else distributed.without_exchange(self.layer):
             with self.precision.forward():
-                losses = self.layer(batch)
+                losses = self.layer(to_tensors(batch))
             self.precision.scaled(losses["loss"] / accumulate).backward()
         return losses
 
