@@ -234,29 +234,26 @@ def test_save_vars_writes_files_that_load_released_reads(graph_of, tmp_path):
         np.testing.assert_array_equal(parameter.numpy(), own[parameter.name])
 
 
-def test_recomputation_keeps_less_for_the_backward_part(graph_of):
-    sizes = {}
-    for recompute in (False, True):
-        _, graph, batch = graph_of("glue", recompute)
-        kept = []
-        real = static.recompute_segments
+def test_recomputation_keeps_less_for_the_backward_part(graph_of, monkeypatch):
+    _, graph, batch = graph_of("glue", recompute=True)
+    real, kept = static.recompute_segments, []
 
-        def spy(program, segments, forward):
-            before = list(program.global_block().ops)[:forward]
-            if recompute:
-                real(program, segments, forward)
-            made = {value.id: value for op in before for value in op.results() if value.initialized()}
-            operations = list(program.global_block().ops)
-            read = {source.id for op in operations[forward:] for source in op.operands_source() if source.initialized() and source.id in made}
-            kept.append(sum(1 for number in read if len(made[number].shape) > 1))
+    def read_by_backward(program, forward):
+        """How many results of the first ``forward`` operations (the forward part) the others read."""
+        operations = list(program.global_block().ops)
+        made = {value.id for op in forward for value in op.results() if value.initialized() and value.is_dense_tensor_type()}
+        own = {op.id() for op in forward}
+        return len({v.id for op in operations if op.id() not in own for v in op.operands_source() if v.initialized() and v.id in made})
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(static, "recompute_segments", spy)
-            graph.model.set_recompute(True)
-            graph.recompute = True
-            graph.backward(batch())
-        sizes[recompute] = kept[0]
-    assert sizes[True] < 0.7 * sizes[False]
+    def spy(program, segments, count):
+        forward = list(program.global_block().ops)[:count]
+        kept.append(read_by_backward(program, forward))
+        real(program, segments, count)
+        kept.append(read_by_backward(program, forward))
+
+    monkeypatch.setattr(static, "recompute_segments", spy)
+    graph.backward(batch())
+    assert kept[1] < 0.7 * kept[0]
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(train):

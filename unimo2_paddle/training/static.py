@@ -105,10 +105,10 @@ class StaticOptimizer:
     """The dynamic optimizer with a step that a Program takes; everything else (its state above all) is the dynamic one's."""
 
     def __init__(self, optimizer, graph):
-        self._optimizer, self._graph, self._rate = optimizer, graph, optimizer.get_lr()
+        self._inner_opt, self._graph, self._rate = optimizer, graph, optimizer.get_lr()  # the name that fleet's wrappers give what they wrap
 
     def __getattr__(self, name):
-        return getattr(self._optimizer, name)
+        return getattr(self._inner_opt, name)
 
     def set_lr(self, rate):
         """The learning rate of the next step."""
@@ -121,7 +121,7 @@ class StaticOptimizer:
     def clear_grad(self, set_to_zero=False):
         """The next micro-batch begins a step."""
         self._graph.trained = []
-        self._optimizer.clear_grad(set_to_zero=False)
+        self._inner_opt.clear_grad(set_to_zero=False)
 
 
 class StaticGraph:
@@ -253,8 +253,13 @@ class StaticGraph:
         with paddle.no_grad():
             expected = {name: float(value) for name, value in self.task.loss(self.model, to_tensors(batch)).items()}
         paddle.set_rng_state(state)
-        found = self._run_loss(kind, batch, [])
-        paddle.set_rng_state(state)
+        earlier = {name: np.array(self._variable(name + GRADIENT)) for name in self.trained}  # of the step's micro-batches so far
+        try:
+            found = self._run_loss(kind, batch, [])
+        finally:
+            for name, gradient in earlier.items():
+                self._variable(name + GRADIENT).set(gradient, self.place)
+            paddle.set_rng_state(state)
         return ", ".join(f"{name} {found[name]} instead of {value}" for name, value in expected.items()
                          if not np.isclose(found[name], value, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True))
 
