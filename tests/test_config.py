@@ -35,7 +35,7 @@ class Group:
     shares: Dict[str, float] = field(default_factory=dict)
     inner: Inner = field(default_factory=Inner)
     many: List[Inner] = field(default_factory=list)
-    extra: Dict[str, object] = field(default_factory=dict, metadata={"collect": Collected})
+    extra: Dict[str, object] = field(default_factory=dict, metadata={"collect": (Collected,)})
 
 
 def built(**values):

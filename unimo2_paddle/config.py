@@ -165,7 +165,7 @@ def _convert(value, kind, path, problems):
 def build(cls, values, path, problems):
     """An instance of dataclass ``cls`` from a mapping; problems (unknown keys, wrong types, ``cls.problems()``) are appended.
 
-    A field whose metadata has ``collect`` receives all keys that are fields of that other dataclass, as a dict.
+    A field whose metadata has ``collect`` receives all keys that are fields of one of those other dataclasses, as a dict.
     """
     if not isinstance(values, dict):
         problems.append(f"{path}: must be a group of keys, is {values!r}")
@@ -173,7 +173,9 @@ def build(cls, values, path, problems):
     hints = typing.get_type_hints(cls)
     own = {f.name: f for f in dataclasses.fields(cls)}
     collector = next((f for f in own.values() if "collect" in f.metadata), None)
-    collected_hints = typing.get_type_hints(collector.metadata["collect"]) if collector else {}
+    collected_hints = {}
+    for other in collector.metadata["collect"] if collector else ():
+        collected_hints.update(typing.get_type_hints(other))
     arguments, collected, before = {}, {}, len(problems)
     for key, value in values.items():
         place = f"{path}.{key}" if path else str(key)
@@ -265,7 +267,8 @@ def load_run_config(path, overrides=()):
             problems.append(f"{key}: unknown group{hint}")
     groups = {name: _convert(values.get(name), cls, name, problems) for name, cls in sections.items()}
     if not problems:
-        problems.extend(base.task_class(task).check(types.SimpleNamespace(**groups)))
+        task_class, checked = base.task_class(task), types.SimpleNamespace(**groups)
+        problems.extend(task_class.wrong_system(checked.model) or task_class.check(checked))
     if problems:
         raise ConfigError(problems, source)
     return RunConfig(task, groups, values, source)

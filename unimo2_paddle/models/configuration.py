@@ -307,14 +307,24 @@ class UnimoConfig(ModelConfig):
         """Whether text has roles and turns."""
         return self.role_type_size > 0
 
+    @property
+    def text_vocab_size(self):
+        """The vocabulary's size under UNIMO-2's name, so that tasks on text need not ask which system they have."""
+        return self.vocab_size
+
+    @property
+    def text_max_position_embeddings(self):
+        """Text positions under UNIMO-2's name."""
+        return self.max_position_embeddings
+
 
 def config_class(values):
     """Which of the two configs a mapping of keys is for: UNIMO's says ``vocab_size`` where UNIMO-2's says ``text_vocab_size``."""
     return UnimoConfig if "vocab_size" in values and "text_vocab_size" not in values else Unimo2Config
 
 
-def load_config(given, source="model config"):
-    """The config of either system from a config (as it is), a mapping, or the path of a JSON file.
+def load_config(given, source="model config", **overrides):
+    """The config of either system from a config (as it is), a mapping, or the path of a JSON file; ``overrides`` replace single keys.
 
     Raises:
         ConfigError: unreadable file, unknown keys or values that do not fit together.
@@ -322,4 +332,4 @@ def load_config(given, source="model config"):
     if isinstance(given, ModelConfig):
         return given
     values, source = (given, source) if isinstance(given, dict) else (_read_json(given), str(given))
-    return config_class(values).from_dict(values, source=source)
+    return config_class(values).from_dict(values, source=source, **overrides)

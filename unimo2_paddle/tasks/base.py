@@ -8,7 +8,8 @@ from typing import Any, Dict, List, Union
 import paddle
 
 from unimo2_paddle.errors import CheckpointError, ConfigError, VocabularyError
-from unimo2_paddle.models.configuration import Unimo2Config
+from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig, load_config
+from unimo2_paddle.models.unimo import UnimoModel
 from unimo2_paddle.models.unimo2 import Unimo2Model
 from unimo2_paddle.training.optim import OptimConfig
 
@@ -35,15 +36,15 @@ def task_class(name):
 class ModelSection:
     """Group ``model``: a named or JSON model config, single keys over it, and where the weights come from.
 
-    ``config``: name of a bundled config (unimo2_base, unimo2_large, unimo2_demo) or a JSON file; may be empty when ``init`` is a
-    directory with its own config.json. ``init``: directory of weights (own or the authors'); empty = from scratch.
+    ``config``: name of a bundled config (unimo2_base, unimo_base, ...) or a JSON file, whose keys say which of the two systems it is; may
+    be empty when ``init`` is a directory with its own config.json. ``init``: directory of weights (own or the authors'); empty = from scratch.
     ``allow_missing``: name patterns of parameters that ``init`` may lack.
     """
 
     config: str = ""
     init: str = ""
     allow_missing: List[str] = field(default_factory=list)
-    overrides: Dict[str, Any] = field(default_factory=dict, metadata={"collect": Unimo2Config})
+    overrides: Dict[str, Any] = field(default_factory=dict, metadata={"collect": (Unimo2Config, UnimoConfig)})
 
     def problems(self):
         if not self.config and not self.init:
@@ -53,12 +54,12 @@ class ModelSection:
         try:
             self.model_config()
         except ConfigError as error:
-            keys = Unimo2Config.__dataclass_fields__
+            keys = {*Unimo2Config.__dataclass_fields__, *UnimoConfig.__dataclass_fields__}
             return [text if text.split(":")[0] in keys else f"config: {error.source or self.config}: {text}" for text in error.problems]
         return []
 
     def model_config(self):
-        """The ``Unimo2Config`` described here.
+        """The ``Unimo2Config`` or ``UnimoConfig`` described here.
 
         Raises:
             ConfigError: unknown name, unreadable file, or values that do not fit together.
@@ -73,11 +74,13 @@ class ModelSection:
                 close = difflib.get_close_matches(self.config, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise ConfigError(f"no such bundled config; known: {', '.join(known)}, or a path ending in .json{hint}", self.config)
-        return Unimo2Config.from_json(path, **self.overrides)
+        return load_config(path, **self.overrides)
 
 
-def build_unimo2(section, seed, config, vision=True, heads=None):
-    """A ``Unimo2Model`` with initial weights drawn from ``seed``, then those of ``section.init`` when it is given.
+def build_backbone(section, seed, config, vision=True, heads=None, head_patterns=()):
+    """A ``Unimo2Model`` or ``UnimoModel``, as ``config`` is, drawn from ``seed``, then with the weights of ``section.init`` when it is given.
+
+    ``head_patterns``: see :func:`load_initial`.
 
     Raises:
         CheckpointError: see :func:`load_initial`.
@@ -85,9 +88,12 @@ def build_unimo2(section, seed, config, vision=True, heads=None):
     arrays = read_initial(section)
     paddle.seed(seed)
     with paddle.utils.unique_name.guard():
-        model = Unimo2Model(config, vision=vision, heads=heads)
-    load_initial(model, section, arrays=arrays)
+        model = (UnimoModel if isinstance(config, UnimoConfig) else Unimo2Model)(config, vision=vision, heads=heads)
+    load_initial(model, section, head_patterns, arrays=arrays)
     return model
+
+
+build_unimo2 = build_backbone  # the name it had before there was UNIMO
 
 
 def read_initial(section):
@@ -131,8 +137,9 @@ def load_initial(model, section, head_patterns=(), arrays=None):
 def check_vocabulary(tokenizer, config, directory):
     """Raise ``VocabularyError`` when the tokenizer and the model disagree on the vocabulary size."""
     if tokenizer.vocab_size != config.text_vocab_size:
-        raise VocabularyError(f"{directory}: the vocabulary has {tokenizer.vocab_size} entries, the model's text_vocab_size is "
-                              f"{config.text_vocab_size}; use the vocabulary the model was made with, or set model.text_vocab_size")
+        key = "vocab_size" if isinstance(config, UnimoConfig) else "text_vocab_size"
+        raise VocabularyError(f"{directory}: the vocabulary has {tokenizer.vocab_size} entries, the model's {key} is "
+                              f"{config.text_vocab_size}; use the vocabulary the model was made with, or set model.{key}")
 
 
 def normalise_tensor(image):
@@ -206,9 +213,21 @@ class Task:
 
     sections = {"model": ModelSection, "optim": OptimConfig, "run": RunSection}
     selection = ""
+    systems = (Unimo2Config,)  # the systems whose models can learn it
 
     def __init__(self, config):
         self.config = config
+
+    @classmethod
+    def wrong_system(cls, section):
+        """The problem, as a list of texts, that the group ``model`` is of a system this task is not there for."""
+        if not section.config and not os.path.exists(os.path.join(section.init, "config.json")):
+            return []  # a checkpoint that is still to be made, or the authors'
+        found, names = section.model_config(), {Unimo2Config: "UNIMO-2", UnimoConfig: "UNIMO"}
+        if isinstance(found, cls.systems):
+            return []
+        return [f"model: {section.config or section.init} is a model of {names[type(found)]}, this task takes one of "
+                f"{' or '.join(names[one] for one in cls.systems)}"]
 
     @classmethod
     def check(cls, config):

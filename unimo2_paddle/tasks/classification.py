@@ -4,7 +4,8 @@ import os
 import numpy as np
 import paddle
 
-from unimo2_paddle.models.classifier import Unimo2Classifier
+from unimo2_paddle.models.classifier import Unimo2Classifier, UnimoClassifier
+from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.tasks.base import load_initial, normalise_tensor, to_tensors
 from unimo2_paddle.tasks.finetune import FinetuneTask, batches_of
 from unimo2_paddle.tasks.reporting import right_and_wrong, write_html_report, write_json, write_predictions
@@ -23,14 +24,18 @@ def classifier_logits(model, batch):
 
 
 def build_classifier(section, seed, config, inputs, num_labels, dropout=0.1, prefix="cls_out", new_head=True, layout="pair", contrastive=False):
-    """A ``Unimo2Classifier`` drawn from ``seed``, then with the weights of ``section.init``; its head may be new if ``new_head``.
+    """A classifier of the system that ``config`` is of, drawn from ``seed``, then with the weights of ``section.init``; its head may be new
+    if ``new_head``. ``prefix``, ``layout`` and ``contrastive`` are UNIMO-2's.
 
     Raises:
         CheckpointError: the weights do not fit the model.
     """
     paddle.seed(seed)
     with paddle.utils.unique_name.guard():
-        model = Unimo2Classifier(config, inputs, num_labels, dropout, prefix, layout, contrastive)
+        if isinstance(config, UnimoConfig):
+            model = UnimoClassifier(config, inputs, num_labels, dropout)
+        else:
+            model = Unimo2Classifier(config, inputs, num_labels, dropout, prefix, layout, contrastive)
     load_initial(model, section, ("cls_out*",) if new_head else ())
     return model
 

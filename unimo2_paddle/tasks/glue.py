@@ -1,7 +1,8 @@
-"""GLUE: one sentence or two to a class or a score, with the text side alone (UNIMO-2, Table 3).
+"""GLUE: one sentence or two to a class or a score, with the text side alone (UNIMO-2, Table 3; UNIMO, Table 2).
 
 The text goes as ``[CLS] a [SEP]`` or ``[CLS] a [SEP] b [SEP]`` through the text encoder and, with its grounded tokens, the grounded
-encoder; the head reads the relu pooler of its first text token (reference: unimo2.md section 1.5, unimo1.md sections 3.1 and 5.1).
+encoder (UNIMO: through its one encoder); the head reads the relu pooler of its first text token (reference: unimo2.md section 1.5,
+unimo1.md sections 3.1 and 5.1).
 """
 import os
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from unimo2_paddle.data.formats.glue import GLUE, glue_file, read_glue, read_sub
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import ConfigError, DataError
 from unimo2_paddle.metrics import glue as metrics
+from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig
 from unimo2_paddle.tasks.base import Task, check_vocabulary
 from unimo2_paddle.tasks.classification import ClassificationEvaluator, ClassificationTask, build_classifier, classifier_logits
 from unimo2_paddle.tasks.finetune import FinetuneEval, FinetuneTrain, softmax
@@ -184,6 +186,7 @@ class GlueTask(ClassificationTask):
     """SST-2, MNLI, CoLA (classes) or STS-B (a score)."""
 
     inputs = "text"
+    systems = (Unimo2Config, UnimoConfig)
     sections = {**Task.sections, "data": GlueData, "train": GlueTrain, "eval": FinetuneEval}
 
     def __init__(self, config):
