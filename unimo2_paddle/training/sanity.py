@@ -59,11 +59,11 @@ class GradientCoverage:
         self._left[kind] = self._left.get(kind, FIRST_STEPS) - 1
         if any(left > 0 for left in self._left.values()):
             return None
-        kinds, self._left = ", ".join(self._left), {}
+        kinds, self._left = ", ".join(filter(None, self._left)), {}  # a finetuning task has one kind, without a name
         if not self._without:
             return None
-        return (f"warning: {len(self._without)} of {self._count} trainable parameters got no gradient in the first steps ({kinds}) and stay as "
-                f"they are: {_listed(sorted(self._without))}")
+        return (f"warning: {len(self._without)} of {self._count} trainable parameters got no gradient in the first steps{f' ({kinds})' if kinds else ''} and "
+                f"stay as they are: {_listed(sorted(self._without))}")
 
 
 def _plain(value):
