@@ -292,18 +292,3 @@ def test_a_loss_that_reads_values_while_it_is_traced_is_refused(graph_of):
 def test_traced_encoders_in_the_dynamic_loop_compute_the_same(train):
     changes = {"train.max_steps": 8, "optim.layer_decay": 0.8}
     assert_equal_runs(train("glue", "dynamic", changes), train("glue", "to_static", {**changes, "run.graph": "to_static"}))
-
-
-@pytest.mark.slow
-def test_traced_encoders_compute_the_same_with_two_workers(tiny_pretrain, tmp_path):
-    from test_two_workers import assert_equal_runs as assert_equal_workers
-    from test_two_workers import launch, main
-
-    values = tiny_pretrain(tmp_path / "run")
-    values["mixture"]["weights"] = {"pairs": 1, "images": 1, "texts": 1}
-    config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(values), encoding="utf-8")
-    assert main(["train", "-c", str(config), "-o", f"run.output={tmp_path / 'one'}"]) == 0
-    status, output = launch(config, tmp_path / "logs", "-o", f"run.output={tmp_path / 'two'}", "-o", "run.graph=to_static")
-    assert status == 0, output[-3000:]
-    assert_equal_workers(tmp_path / "one", tmp_path / "two")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import paddle
 import pytest
 import yaml
 from safetensors.numpy import load_file
@@ -115,6 +116,13 @@ def test_every_objective_with_accumulation_recomputation_and_data_workers_is_equ
                 train={"steps": 9, "accumulate": 2, "matching_group": 2, "pairs": {"caption": 0.5, "masked_grounding": 0.5},
                        "images": {"masked_grounding": 0.5}, "texts": {"seq2seq": 0.5}},
                 mixture={"weights": {"pairs": 1, "images": 1, "texts": 1}}, run={"recompute": True}, data={"num_workers": 1})
+    assert_equal_runs(made.one, made.two)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="run.graph needs Paddle 3")
+def test_traced_encoders_are_equal_too(tiny_pretrain, tmp_path):
+    made = Pair(tmp_path, tiny_pretrain(tmp_path / "run"), run={"graph": "to_static"}, mixture={"weights": {"pairs": 1, "images": 1, "texts": 1}})
     assert_equal_runs(made.one, made.two)
 
 
