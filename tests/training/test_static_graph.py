@@ -54,7 +54,7 @@ def values_of(demo_data, task_data, tiny_pretrain, tmp_path):
             found["mixture"]["weights"] = {"pairs": 1, "images": 1, "texts": 1}
             return found
         out, vocab, data = task_data(task) if task != "retrieval" else demo_data / "retrieval", str(demo_data / "vocab"), {}
-        train, split = {"max_steps": 30, "batch_size": 8}, "val"
+        train = {"max_steps": 30, "batch_size": 8}
         if task == "retrieval":
             data = {"annotations": str(out / "dataset_shapes.json"), "images": str(out / "images"), "max_text_len": 40}
             train = {"max_steps": 30, "batch_size": 2, "image_negatives": 2, "caption_negatives": 3}
@@ -70,10 +70,10 @@ def values_of(demo_data, task_data, tiny_pretrain, tmp_path):
                     "annotations": {s: str(out / f"v2_mscoco_{n}_annotations.json") for s, n in names.items()},
                     "answers_from": ["train"], "min_answer_count": 2, "images": str(out), "max_text_len": 40}
         elif task == "imagenet":
-            data, split = {"images": str(out)}, "val"
+            data = {"images": str(out / "digits")}
         if task != "imagenet":
             data["vocab"] = vocab
-        return {"task": task, "model": dict(TINY), "data": data, "train": train, "optim": {"learning_rate": 1e-3}, "eval": {"split": split},
+        return {"task": task, "model": dict(TINY), "data": data, "train": train, "optim": {"learning_rate": 1e-3}, "eval": {"split": "val"},
                 "run": {"progress": False, "log_every": 1, "evaluate_at_end": False, "trial_save": False}}
 
     return values
