@@ -36,6 +36,19 @@ def text_arrays(sequences, pad_id):
     }
 
 
+def seq2seq_visibility(sizes, length):
+    """Who sees whom in sequence to sequence, float32 ``[B, length, length]``: all see the source, the target sees itself up to the present token.
+
+    Args:
+        sizes: (length of the source, length of source and target) per row; length: padded one.
+    """
+    mask = np.zeros([len(sizes), length, length], dtype=np.float32)
+    for visible, (start, end) in zip(mask, sizes):
+        visible[:end, :start] = 1.0
+        visible[start:end, start:end] = np.tril(np.ones([end - start, end - start]))
+    return mask
+
+
 def flat_positions(positions, length):
     """Positions within each row as indices into the flattened ``[B * L]``, one int64 array."""
     return np.concatenate([np.asarray(p, dtype=np.int64) + row * length for row, p in enumerate(positions)])

@@ -171,6 +171,15 @@ def vocabulary_files(directory):
     return tuple(os.path.join(directory, prefixes[0] + end) for end in FILE_NAMES)
 
 
+def vocabulary_keys(directory):
+    """``{key: id}`` of ``vocab.txt`` in a directory: GPT-2 piece ids as texts, and special tokens; files of the authors are written in these.
+
+    Raises:
+        VocabularyError: see :func:`vocabulary_files`.
+    """
+    return {line.strip(): number for number, line in enumerate(_read_text(vocabulary_files(directory)[0]).rstrip().split("\n"))}
+
+
 def train_vocabulary(texts, directory, size=512):
     """Train a small byte-level BPE and store it as ``vocab.txt``, ``encoder.json`` and ``vocab.bpe``.
 

@@ -140,25 +140,28 @@ def caption_metrics(captions, references):
     return scores, cider
 
 
-def java_metrics(captions, references):
-    """METEOR and SPICE where Java and their jars are installed.
+def java_metrics(captions, references, names=("meteor", "spice"), tokenize=caption_tokens):
+    """METEOR and SPICE, or those of them in ``names``, where Java and their jars are installed; ``tokenize``: text to tokens.
 
     Returns:
         (dict with ``meteor`` and ``spice`` as far as possible, list of sentences about what is missing).
     """
+    wanted = " and ".join(names).upper()
     if shutil.which("java") is None:
-        return {}, ["METEOR and SPICE: left out, there is no java on the PATH"]
+        return {}, [f"{wanted}: left out, there is no java on the PATH"]
     found = importlib.util.find_spec("pycocoevalcap")
     if found is None:
-        return {}, ["METEOR and SPICE: left out, the package pycocoevalcap with their jars is not installed (pip install pycocoevalcap)"]
+        return {}, [f"{wanted}: left out, the package pycocoevalcap with their jars is not installed (pip install pycocoevalcap)"]
     root = list(found.submodule_search_locations)[0]
-    candidates = {i: [" ".join(caption_tokens(text))] for i, text in enumerate(captions)}
-    tokens = {i: [" ".join(caption_tokens(text)) for text in own] for i, own in enumerate(references)}
+    candidates = {i: [" ".join(tokenize(text))] for i, text in enumerate(captions)}
+    tokens = {i: [" ".join(tokenize(text)) for text in own] for i, own in enumerate(references)}
     scores, missing = {}, []
     # the package fetches SPICE's parser from the network when it is not there, so it is only started when it is
     for name, module, jars in (("meteor", "meteor.meteor", ["meteor/meteor-1.5.jar"]),
                                ("spice", "spice.spice", ["spice/spice-1.0.jar", "spice/lib/stanford-corenlp-3.6.0.jar",
                                                          "spice/lib/stanford-corenlp-3.6.0-models.jar"])):
+        if name not in names:
+            continue
         absent = [jar for jar in jars if not os.path.isfile(os.path.join(root, jar))]
         if absent:
             missing.append(f"{name.upper()}: left out, {', '.join(absent)} is not in the folder of pycocoevalcap")

@@ -7,18 +7,21 @@ import numpy as np
 import paddle
 
 from unimo2_paddle.data.collate import FIRST_POSITION, text_arrays, with_special_tokens
+from unimo2_paddle.data.formats.seq2seq import SEPARATOR
 from unimo2_paddle.data.images import decode_image, resize_image
 from unimo2_paddle.data.prompts import read_templates
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import CheckpointError, ImageError, UserInputError
 from unimo2_paddle.models.generation import Decoding, generate
-from unimo2_paddle.serving.results import Answered, Captioned, Classified, Matched, Scored
-from unimo2_paddle.tasks.base import ModelSection, build_unimo2, check_vocabulary, normalise_tensor, to_tensors
+from unimo2_paddle.serving.results import Answered, Captioned, Classified, Matched, Scored, Written
+from unimo2_paddle.tasks.base import ModelSection, build_backbone, build_unimo2, check_vocabulary, normalise_tensor, to_tensors
 from unimo2_paddle.tasks.classification import build_classifier, classifier_logits
 from unimo2_paddle.tasks.finetune import TASK_FILE, read_task_file, softmax
 from unimo2_paddle.tasks.glue import encode_text
 from unimo2_paddle.tasks.imagenet import centre_crop
 from unimo2_paddle.tasks.retrieval_scoring import contrastive_scores, encode_captions, encode_pictures, matching_logits
+from unimo2_paddle.tasks.seq2seq import hypothesis_text, write_texts
+from unimo2_paddle.tasks.seq2seq_data import encode_parts, max_turns, pack_dialog, pack_source, source_arrays
 from unimo2_paddle.tasks.zeroshot import encode_classes
 
 FIELDS = ("image", "text", "text_b")
@@ -319,6 +322,36 @@ class _Caption(_Kind):
         return results
 
 
+class _Seq2Seq(_Kind):
+    """Text from text; of a dialogue the text holds the turns, ``[SEP]`` between them, and the second text is the passage."""
+
+    needs = ("text",)
+
+    def build(self):
+        self.dialog, self.longest = bool(self.about["dialog"]), int(self.about["max_source_len"])
+        self.optional = ("text_b",) if self.dialog else ()
+        self.roles = getattr(self.config, "dialog", False)
+        self.decoding = Decoding(**self.about["decoding"])
+        self.model = build_backbone(self.section, 0, self.config, vision=False, heads=("masked_lm",))
+        self.model.eval()
+        self.word_starts = self.tokenizer.word_start_table() if self.decoding.block_trigrams else None
+
+    def source(self, request):
+        if not self.dialog:
+            return pack_source([(encode_parts(request.text, self.tokenizer), 0, 0)], self.tokenizer, self.longest)
+        knowledge = self.tokenizer.encode(request.text_b) if request.text_b else None
+        turns = [self.tokenizer.encode(turn) for turn in request.text.split(SEPARATOR)]
+        return pack_dialog(turns, knowledge, self.tokenizer, self.longest, max_turns(self.config))
+
+    def predict(self, requests):
+        batch = to_tensors(source_arrays([self.source(request) for request in requests], self.tokenizer.pad_id, self.roles))
+        results = []
+        for hypotheses in write_texts(self.model, batch, self.tokenizer, self.decoding, self.word_starts):
+            texts = [hypothesis_text(hypothesis, self.tokenizer) for hypothesis in hypotheses]
+            results.append(Written(texts[0], round(float(hypotheses[0].scores[-1]), 6), texts[1: self.top]))
+        return results
+
+
 class _Retrieval(_Kind):
     """Scores of pairs; searching a collection is :mod:`unimo2_paddle.serving.index`."""
 
@@ -361,4 +394,5 @@ class _Retrieval(_Kind):
                 for pair, share, alike in zip(logits, softmax(logits), contrastive)]
 
 
-PREDICTORS = {"glue": _Glue, "entailment": _Entailment, "vqa": _Vqa, "imagenet": _Image, "captioning": _Caption, "retrieval": _Retrieval}
+PREDICTORS = {"glue": _Glue, "entailment": _Entailment, "vqa": _Vqa, "imagenet": _Image, "captioning": _Caption, "retrieval": _Retrieval,
+              "seq2seq": _Seq2Seq}

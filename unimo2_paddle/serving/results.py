@@ -44,6 +44,15 @@ class Captioned(_Result):
 
 
 @dataclass(frozen=True)
+class Written(_Result):
+    """A generated text, its score and what else the search kept, as in ``Captioned``."""
+
+    text: str
+    score: float
+    others: List[str]
+
+
+@dataclass(frozen=True)
 class Matched(_Result):
     """How well a picture and a sentence fit: ``score`` ranks (matching logit + weighted contrastive score), ``probability`` is that of
     the matching head, ``contrastive`` the product of the two features."""

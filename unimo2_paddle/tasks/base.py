@@ -20,6 +20,7 @@ TASKS = {
     "entailment": "unimo2_paddle.tasks.entailment:EntailmentTask",
     "captioning": "unimo2_paddle.tasks.captioning:CaptioningTask",
     "glue": "unimo2_paddle.tasks.glue:GlueTask",
+    "seq2seq": "unimo2_paddle.tasks.seq2seq:Seq2SeqTask",
     "imagenet": "unimo2_paddle.tasks.imagenet:ImagenetTask",
     "zeroshot": "unimo2_paddle.tasks.zeroshot:ZeroShotTask",
 }

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from unimo2_paddle.data.collate import FIRST_POSITION, PAD_POSITION, flat_positions, pad, text_arrays, with_special_tokens
+from unimo2_paddle.data.collate import FIRST_POSITION, PAD_POSITION, flat_positions, pad, seq2seq_visibility, text_arrays, with_special_tokens
 from unimo2_paddle.data.formats.coco_captions import CaptionImage, read_caption_filelist, read_coco_captions, read_object_tags
 from unimo2_paddle.data.formats.karpathy import read_karpathy
 from unimo2_paddle.data.formats.pictures import require_pictures
@@ -168,12 +168,8 @@ def target_arrays(captions, tags, pad_id):
     tags = [[]] * len(captions) if tags is None else tags
     sizes = [(len(t), len(t) + len(c)) for t, c in zip(tags, captions)]
     length = max(end for _, end in sizes)
-    mask = np.zeros([len(captions), length, length], dtype="float32")
-    for visible, (start, end) in zip(mask, sizes):
-        visible[:end, :start] = 1.0
-        visible[start:end, start:end] = np.tril(np.ones([end - start, end - start]))
     positions = [[*range(FIRST_POSITION, FIRST_POSITION + len(t)), *range(FIRST_POSITION, FIRST_POSITION + len(c))]
                  for t, c in zip(tags, captions)]
     return {"input_ids": pad([[*t, *c] for t, c in zip(tags, captions)], pad_id), "position_ids": pad(positions, PAD_POSITION),
-            "text_mask": mask, "predict_from": flat_positions([range(start, end - 1) for start, end in sizes], length),
+            "text_mask": seq2seq_visibility(sizes, length), "predict_from": flat_positions([range(start, end - 1) for start, end in sizes], length),
             "labels": np.concatenate([np.asarray(c[1:], dtype="int64") for c in captions])}

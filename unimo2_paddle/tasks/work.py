@@ -1,4 +1,4 @@
-"""How many tokens and floating-point operations a UNIMO-2 training batch is, from its shapes (``Task.work``; formulas: models/flops.py).
+"""How many tokens and floating-point operations a training batch is, from its shapes (``Task.work``; formulas: models/flops.py).
 
 A training step counts as three forward passes. Poolers, small heads and the products of the contrastive loss are left out: together they
 are less than a thousandth of base-size steps.
@@ -6,8 +6,8 @@ are less than a thousandth of base-size steps.
 import numpy as np
 
 from unimo2_paddle.data.collate import PAD_POSITION
-from unimo2_paddle.models.configuration import Unimo2Config
-from unimo2_paddle.models.flops import fusion_flops, image_flops, patches, prediction_flops, text_flops
+from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig
+from unimo2_paddle.models.flops import fusion_flops, image_flops, patches, prediction_flops, text_flops, unimo_flops
 
 TRAINING = 3.0  # forward, and twice that for the backward pass
 PICTURES = ("image", "first_view", "second_view")
@@ -16,7 +16,8 @@ PICTURES = ("image", "first_view", "second_view")
 def count_tokens(config, batch):
     """Patches with their [CLS], and words without padding."""
     words = int((np.asarray(batch["position_ids"]) != PAD_POSITION).sum()) if "position_ids" in batch else 0
-    return words + sum(len(batch[name]) for name in PICTURES if name in batch) * (1 + patches(config))
+    pictures = sum(len(batch[name]) for name in PICTURES if name in batch)
+    return words + (pictures * (1 + patches(config)) if pictures else 0)
 
 
 def classifier_work(config, batch, layout="pair"):
@@ -40,6 +41,17 @@ def caption_work(config, batch):
     samples, length = batch["input_ids"].shape
     flops = image_flops(config, samples) + text_flops(config, samples, length) + prediction_flops(config, len(batch["labels"]), config.text_vocab_size)
     return count_tokens(config, batch), TRAINING * (flops + fusion_flops(config, samples, True, length, with_loss=False, layout="caption"))
+
+
+def seq2seq_work(config, batch):
+    """Work of text generation from text, by either system."""
+    samples, length = batch["input_ids"].shape
+    flops = prediction_flops(config, len(batch["labels"]), config.text_vocab_size)
+    if isinstance(config, UnimoConfig):
+        flops += unimo_flops(config, samples, length=length)
+    else:
+        flops += text_flops(config, samples, length) + fusion_flops(config, samples, False, length, with_loss=False)
+    return count_tokens(config, batch), TRAINING * flops
 
 
 def retrieval_work(config, batch, pairs):
