@@ -1,6 +1,7 @@
 """`python tools/run_all_demo_tasks.py`: every task's demo in sequence, judged once on its test split, against baselines and bars.
 
-Needs the demo's data and pre-trained model (bash tools/demo.sh). What is finished is kept in <out>/demo_tasks.json and not run again; an
+Needs the demo's data and, for UNIMO-2, its pre-trained model (bash tools/demo.sh). `--family unimo` runs the demos of UNIMO, the first system,
+which start from scratch. What is finished is kept in <out>/demo_tasks.json and not run again; an
 interrupted training goes on. Exit status: 0 every bar met, 1 one missed or a demo failed, 2 wrong input.
 """
 import argparse
@@ -28,7 +29,8 @@ class Demo:
     """A task's demo and the bar it has to reach on the test split.
 
     ``metric``: of the evaluator named like the split. ``baseline``: a key of that evaluator's ``baselines`` (``EVALUATOR/metric`` = a
-    metric of another evaluator, ``zero-shot`` = the same metric of the pre-trained model before training), or a number.
+    metric of another evaluator, ``zero-shot`` = the same metric of the pre-trained model before training), or a number; of several in a
+    tuple the best counts. ``pretrained``: whether it starts from the demo's pre-trained UNIMO-2.
     ``bar``: ("at least", value), ("points above", value), ("times", factor), ("errors gone", share), or ("at least and above", value).
     """
 
@@ -39,6 +41,7 @@ class Demo:
     bar: tuple
     train: bool = True
     overrides: tuple = ()
+    pretrained: bool = True
 
 
 RETRIEVAL_TEST = ("eval.max_images=300", "eval.captions_per_image=1", "eval.rerank_k=all")
@@ -55,6 +58,29 @@ DEMOS = (
     Demo("handwritten digits", "imagenet/demo_digits.yaml", "top1", "top1", ("at least", 95.0)),
     Demo("zero-shot shapes", "imagenet/demo_zeroshot.yaml", "top1", "top1", ("times", 5.0), train=False),
 )
+
+
+def _text_demo(name, config, metric, baseline, bar):
+    """A demo of UNIMO on text alone, from scratch."""
+    return Demo(name, f"unimo/{config}", metric, baseline, bar, pretrained=False)
+
+
+def _copied(metric):
+    """The baselines of generated texts."""
+    return f"first sentence {metric}", f"most frequent target {metric}"
+
+
+UNIMO_DEMOS = (
+    _text_demo("sentiment (SST-2's format)", "glue/demo_sst2.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
+    _text_demo("inference (MNLI's format)", "glue/demo_mnli.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
+    _text_demo("acceptability (CoLA's format)", "glue/demo_cola.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
+    _text_demo("similarity (STS-B's format)", "glue/demo_stsb.yaml", "pearson", "shared words pearson", ("at least", 60.0)),
+    _text_demo("summaries (CNN/DM's files)", "seq2seq/demo_cnndm.yaml", "rouge_l", _copied("rouge_l"), ("points above", 15.0)),
+    _text_demo("headlines (Gigaword's files)", "seq2seq/demo_gigaword.yaml", "rouge_l", _copied("rouge_l"), ("points above", 15.0)),
+    _text_demo("questions (SQuAD-QG's files)", "seq2seq/demo_squad_qg.yaml", "bleu_4", _copied("bleu_4"), ("points above", 15.0)),
+    _text_demo("answers (CoQA's files)", "seq2seq/demo_coqa.yaml", "f1", _copied("f1"), ("points above", 15.0)),
+)
+FAMILIES = {"unimo2": DEMOS, "unimo": UNIMO_DEMOS, "all": DEMOS + UNIMO_DEMOS}
 
 
 def threshold(bar, baseline):
@@ -78,6 +104,8 @@ def is_met(bar, value, baseline):
 
 def find_baseline(name, evaluator, judged, metrics):
     """The baseline called ``name`` of an evaluation, ``None`` when nobody tells it; see :class:`Demo`."""
+    if isinstance(name, tuple):
+        return max((found for found in (find_baseline(one, evaluator, judged, metrics) for one in name) if found is not None), default=None)
     if isinstance(name, (int, float)):
         return float(name)
     other, slash, metric = name.partition("/")
@@ -112,13 +140,20 @@ def write_config(config, out):
 
 
 def fingerprint(config_path, model):
-    """What a result depends on: the config's text and the pre-trained weights."""
+    """What a result depends on: the config's text and the pre-trained weights (``model`` ``None``: it starts from scratch)."""
     digest = hashlib.sha256(Path(config_path).read_bytes())
+    if model is None:
+        return digest.hexdigest()[:16]
     weights = os.path.join(model, "model.safetensors")
     if not os.path.isfile(weights):
         raise CheckpointError(f"{weights} does not exist; make the demo's data and model first: bash tools/demo.sh (or give --out)")
     digest.update(Path(weights).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def start_of(demo, out):
+    """The directory of the pre-trained model a demo starts from, ``None`` from scratch."""
+    return os.path.join(out, "pretrain", "best") if demo.pretrained else None
 
 
 class Runner:
@@ -142,7 +177,7 @@ class Runner:
     def evaluation(self, demo):
         """The metrics of a demo's config: trained on its own split, judged on test; kept ones are taken as they are."""
         config = write_config(demo.config, self.out)
-        model = os.path.join(self.out, "pretrain", "best")
+        model = start_of(demo, self.out)
         mark, run = fingerprint(config, model), self.kept.get(demo.config, {})
         if run and run["fingerprint"] != mark:
             raise UserInputError(f"{demo.config}: its config or the pre-trained model changed since it was run; move {run['output']} and its entry in "
@@ -164,7 +199,7 @@ class Runner:
             judged = self.judge(config, test)
             run["metrics"] = {evaluator.name: dict(metrics) for evaluator, metrics in judged}
             run["baselines"] = {other.name: find_baseline(other.baseline, judged[0][0], judged, judged[0][1])
-                                for other in DEMOS if other.config == demo.config and other.baseline != "zero-shot"}
+                                for other in FAMILIES["all"] if other.config == demo.config and other.baseline != "zero-shot"}
             run["first"] = judged[0][0].name
             self._save()
         return run
@@ -220,12 +255,14 @@ def main(argv=None, train=None, judge=None):
     """Run the tool; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", default=CONFIG_OUTPUT, metavar="DIR", help=f"the demo's directory; default: {CONFIG_OUTPUT}")
+    parser.add_argument("--family", choices=tuple(FAMILIES), default="unimo2", help="demos of which system; default: unimo2")
     parser.add_argument("--only", action="append", metavar="TEXT", help="only demos whose name or config contains TEXT (repeatable)")
     args = parser.parse_args(argv)
-    demos = [d for d in DEMOS if not args.only or any(text.lower() in f"{d.name} {d.config}".lower() for text in args.only)]
+    known = FAMILIES[args.family]
+    demos = [d for d in known if not args.only or any(text.lower() in f"{d.name} {d.config}".lower() for text in args.only)]
     try:
         if not demos:
-            raise UserInputError(f"--only {' '.join(args.only)}: no such demo; there are {', '.join(d.name for d in DEMOS)}")
+            raise UserInputError(f"--only {' '.join(args.only)}: no such demo; there are {', '.join(d.name for d in known)}")
         if train is None:
             from unimo2_paddle.runtime import import_paddle, prepare_process
 
@@ -233,7 +270,7 @@ def main(argv=None, train=None, judge=None):
             import_paddle()
             from unimo2_paddle.training.loop import run_evaluators as judge
             from unimo2_paddle.training.loop import train_from_config as train
-        fingerprint(write_config(demos[0].config, args.out), os.path.join(args.out, "pretrain", "best"))
+        fingerprint(write_config(demos[0].config, args.out), start_of(demos[0], args.out))
         rows = Runner(args.out, train, judge).run(demos)
     except UserInputError as error:
         print(f"run_all_demo_tasks: {error}", file=sys.stderr)

@@ -136,7 +136,25 @@ def test_a_tie_with_the_baseline_is_not_above_it(tool):
     assert not tool.is_met(("at least and above", 1.0), 1.2, 1.2)
 
 
+def test_the_family_unimo_starts_from_scratch_and_beats_the_better_of_two_baselines(tool, tmp_path, capsys):
+    class Texts(Fakes):
+        def judge(self, config, overrides):
+            judged = super().judge(config, overrides)
+            metrics = {name: self.value for name in ("rouge_l", "bleu_4", "f1", "accuracy", "pearson")}
+            told = {f"{name} {metric}": value for metric in ("rouge_l", "bleu_4", "f1")
+                    for name, value in (("first sentence", 30.0), ("most frequent target", 45.0))}
+            return [(Evaluator("test", {**judged[0][0].baselines, **told} if "glue" not in config else judged[0][0].baselines), metrics)]
+
+    fakes = Texts(value=61.0)
+    out = tmp_path / "nothing_pretrained"
+    assert run(tool, out, fakes, "--family", "unimo", "--only", "CoQA", "--only", "headlines") == 0
+    assert [name for name, _ in fakes.judged] == ["unimo_seq2seq_demo_gigaword.yaml", "unimo_seq2seq_demo_coqa.yaml"]
+    rows = json.loads((out / "demo_tasks.json").read_text())["table"]
+    assert {row["needed"] for row in rows} == {60.0} and all(row["met"] for row in rows)
+    assert run(tool, tmp_path / "again", Texts(value=59.0), "--family", "unimo", "--only", "CoQA") == 1
+
+
 def test_every_demo_names_a_config_of_ours(tool):
-    for demo in tool.DEMOS:
+    for demo in tool.FAMILIES["all"]:
         values = yaml.safe_load((ROOT / "run_configs" / demo.config).read_text())
         assert values["run"]["output"].startswith(tool.CONFIG_OUTPUT) and ("train" in values or "optim" in values) == demo.train
