@@ -1,6 +1,7 @@
 """Text generation from text by both systems: packing as the authors pack, loss, decoding, reports, commands, bad input."""
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -23,6 +24,7 @@ UNIMO2 = {"config": "unimo2_demo", "hidden_size": 16, "text_hidden_size": 16, "v
           "vit_num_hidden_layers": 1, "num_codebook": 16, "topk_value": 4, "initializer_range": 0.2, "text_max_position_embeddings": 130}
 DIALOG = {**UNIMO, "role_type_size": 3, "turn_type_size": 16}
 MODELS = {"unimo": UNIMO, "unimo2": UNIMO2}
+CONFIGS = sorted((Path(__file__).resolve().parent.parent.parent / "run_configs" / "unimo").glob("[gs]*/*.yaml"))
 
 
 class Marks:
@@ -276,3 +278,37 @@ def test_padding_does_not_change_what_is_written(config):
     alone = write_texts(model, to_tensors(source_arrays([samples[1][0]], task.tokenizer.pad_id, False)), task.tokenizer, decoding)
     assert [h.ids for h in together[1]] == [h.ids for h in alone[0]]
     np.testing.assert_allclose(together[1][0].scores, alone[0][0].scores, atol=1e-5)
+
+
+TITLES = {"sst2": "SST-2", "mnli": "MNLI", "cola": "CoLA", "stsb": "STS-B"}
+
+
+@pytest.fixture(scope="module")
+def sentences(demo_data, tmp_path_factory):
+    from unimo2_paddle.data.demo_tasks import glue
+
+    out = tmp_path_factory.mktemp("sentences")
+    glue.write(str(out), str(demo_data), 1)
+    return out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_config_of_unimos_text_tasks_runs_two_steps_in_small(path, texts, sentences, demo_data, tmp_path, unimo2):
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    roles = {key: value for key, value in values["model"].items() if key.endswith("_type_size")}
+    values["model"], dataset, generates = {**UNIMO, **roles}, values["data"]["dataset"], values["task"] == "seq2seq"
+    values["data"].update(directory=str(texts / dataset if generates else sentences / TITLES[dataset]), vocab=str(demo_data / "vocab"))
+    values["data"].pop("answers", None)
+    values["train"].update(max_steps=2, batch_size=4)
+    if generates:
+        values["data"].update(max_source_len=128, max_target_len=32)
+        values["eval"].update(max_records=2, every_steps=0, every_epochs=0)
+        values["eval"]["decoding"].update(max_length=6, min_length=1)
+    else:
+        values["data"]["max_text_len"] = 64
+    values["run"].update(output=str(tmp_path / "run"), progress=False, log_every=1, save_every=0)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    outcome = unimo2("train", "-c", tmp_path / "small.yaml")
+    assert outcome.status == 0, outcome.err
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("train") == 2 and len(kinds) > 2, "two steps, then an evaluation"
