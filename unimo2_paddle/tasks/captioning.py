@@ -1,5 +1,5 @@
 """Image captioning: label-smoothed training in the ``caption`` layout, CIDEr-optimised second stage, beam search, COCO metrics
-(UNIMO-2, Table 1; reference notes, section 1.6)."""
+(UNIMO-2, Table 1; UNIMO, Table 1, adversarial training there; reference: unimo2.md section 1.6, unimo1.md section 5.3)."""
 import dataclasses
 import os
 from dataclasses import dataclass, field
@@ -12,15 +12,20 @@ from unimo2_paddle.data.formats.coco_captions import result_rows
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.metrics.caption import CiderD, caption_metrics, java_metrics
 from unimo2_paddle.metrics.ptb import caption_tokens
-from unimo2_paddle.models.generation import FIRST_POSITION, Decoding, generate
+from unimo2_paddle.models.adversarial import AdversarialConfig
+from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig
+from unimo2_paddle.models.generation import FIRST_POSITION, Decoding
 from unimo2_paddle.models.losses import smoothed_cross_entropy
 from unimo2_paddle.models.parallel import mean_over_all
 from unimo2_paddle.models.transformer import length
-from unimo2_paddle.tasks.base import ModelSection, RunSection, Task, build_unimo2, check_vocabulary, normalise_tensor, to_tensors
-from unimo2_paddle.tasks.captioning_data import CaptionDataset, CaptioningData, picture_arrays, target_arrays
+from unimo2_paddle.tasks.adversarial import adversarial_problems, adversarial_terms
+from unimo2_paddle.tasks.base import Task, build_backbone, check_vocabulary, to_tensors
+from unimo2_paddle.tasks.captioners import captioner_of
+from unimo2_paddle.tasks.captioning_data import CaptionDataset, CaptioningData, picture_arrays
 from unimo2_paddle.tasks.finetune import FinetuneEval, FinetuneTask, FinetuneTrain, batches_of
 from unimo2_paddle.tasks.reporting import right_and_wrong, write_html_report, write_json, write_predictions
 from unimo2_paddle.tasks.retrieval_scoring import evaluation_mode
+from unimo2_paddle.tasks.unimo_inputs import mismatch, open_regions
 from unimo2_paddle.tasks.work import caption_work
 
 _END = "[end]"  # counts as a word in rewards: else nothing rewards a caption for ending where it should
@@ -72,15 +77,11 @@ class CaptioningEval(FinetuneEval):
                                      if getattr(self, key) < 0]
 
 
-def tags_of(batch):
-    """The object tags of a batch as :func:`generate` wants them, or ``None``."""
-    return (batch["tag_ids"], batch["tag_positions"], batch["tag_mask"]) if "tag_ids" in batch else None
-
-
 class CaptioningTask(FinetuneTask):
     """Finetune and judge a captioner."""
 
-    sections = {**Task.sections, "data": CaptioningData, "train": CaptioningTrain, "eval": CaptioningEval}
+    sections = {**Task.sections, "data": CaptioningData, "train": CaptioningTrain, "eval": CaptioningEval, "adversarial": AdversarialConfig}
+    systems = (Unimo2Config, UnimoConfig)
 
     def __init__(self, config):
         super().__init__(config)
@@ -88,15 +89,19 @@ class CaptioningTask(FinetuneTask):
         self.model_config = config.model.model_config()
         self.tokenizer = Tokenizer.from_directory(config.data.vocab)
         check_vocabulary(self.tokenizer, self.model_config, config.data.vocab)
+        self.captioner = captioner_of(self.model_config)
         self._rewards = None
 
     @classmethod
     def check(cls, config):
-        found = []
+        found = adversarial_problems(config)
+        if config.train.scst and config.adversarial.adv_type != "none":
+            found.append("adversarial.adv_type: perturbs cross-entropy training; with train.scst set none")
         if config.train.scst and config.run.graph == "static":
             found.append("train.scst: draws captions step by step, which a static Program cannot; set run.graph: dynamic")
         if not config.model.config and not os.path.exists(config.model.init):
             return found  # the checkpoint is still to be made
+        found += [told for told in [mismatch(config.data, config.model.model_config())] if told]
         limit = config.model.model_config().text_max_position_embeddings - FIRST_POSITION
         for group, key, value in (("data", "max_text_len", config.data.max_text_len),
                                   ("eval.decoding", "max_length", config.eval.decoding.max_length),
@@ -109,18 +114,18 @@ class CaptioningTask(FinetuneTask):
         section = self.config.model
         # the authors' captioning program has no contrastive temperature, so a captioner of theirs lacks it
         section = dataclasses.replace(section, allow_missing=[*section.allow_missing, "cmcl_temperature"])
-        return build_unimo2(section, self.config.run.seed, self.model_config, heads=("masked_lm",))
+        return build_backbone(section, self.config.run.seed, self.model_config, heads=("masked_lm",))
 
     def dataset(self, split):
-        by_caption = split == "train" and not self.config.train.scst
-        return CaptionDataset.read(self.config.data, self.tokenizer, self.model_config.image_size, split, by_caption,
-                                   0 if split == "train" else self.config.eval.max_images)
+        by_caption, config = split == "train" and not self.config.train.scst, self.model_config
+        return CaptionDataset.read(self.config.data, self.tokenizer, getattr(config, "image_size", 0), split, by_caption,
+                                   0 if split == "train" else self.config.eval.max_images, open_regions(self.config.data, config, split))
 
     def collate(self, samples):
-        arrays = picture_arrays(samples, self.tokenizer.pad_id)
+        arrays = picture_arrays(samples, self.tokenizer.pad_id, self.config.data.max_regions or None)
         if samples[0]["caption"] is not None:
             tags = None if samples[0]["tags"] is None else [s["tags"] for s in samples]
-            arrays.update(target_arrays([s["caption"] for s in samples], tags, self.tokenizer.pad_id))
+            arrays.update(self.captioner.targets([s["caption"] for s in samples], tags, self.tokenizer.pad_id))
         return arrays
 
     def work(self, batch):
@@ -130,30 +135,37 @@ class CaptioningTask(FinetuneTask):
         return {"decoding": dataclasses.asdict(self.config.eval.decoding), "object_tags": bool(self.config.data.objects)}
 
     def loss(self, model, batch):
-        """Label-smoothed cross entropy per caption token, or with ``scst`` the self-critical loss."""
+        """Label-smoothed cross entropy per caption token, over perturbed inputs where the group ``adversarial`` asks for it, or with ``scst``
+        the self-critical loss."""
         if self.config.train.scst:
             return self._self_critical(model, batch)
-        logits = self._logits(model, model.encode_image(normalise_tensor(batch["image"])), batch)
-        count = length(batch["labels"])
-        losses = smoothed_cross_entropy(logits, batch["labels"], self.config.train.label_smoothing, reduction="none")
-        hits = (logits.argmax(axis=-1) == batch["labels"]).astype("float32")
-        return {"loss": mean_over_all(losses.sum(), count), "token_accuracy": mean_over_all(hits.sum(), count).detach()}
+        labels, encoded = batch["labels"], self.captioner.encode(model, batch)
+        count, settings = length(labels), self.config.adversarial
 
-    def _logits(self, model, image_states, text):
-        """Vocabulary logits ``[N, V]`` at the places to predict from; ``text`` as of :func:`target_arrays`."""
-        states = model.encode_text(text["input_ids"], text["position_ids"], text["text_mask"])
-        out = model.fuse(image_states, states, text["text_mask"], layout="caption", with_grounding_loss=False)
-        return model.mlm_logits(paddle.index_select(out.fused_text.reshape([-1, out.fused_text.shape[-1]]), text["predict_from"]))
+        def cross_entropy(logits):
+            losses = smoothed_cross_entropy(logits, labels, self.config.train.label_smoothing, reduction="none")
+            return mean_over_all(losses.sum(), count)
+
+        if settings.adv_type == "none":
+            logits = self.captioner.logits(model, encoded, batch)
+            terms = {"loss": cross_entropy(logits)}
+        else:
+            terms, logits = adversarial_terms(model, lambda **deltas: self.captioner.logits(model, encoded, batch, **deltas), cross_entropy,
+                                              batch, settings)
+        if logits is not None:
+            hits = (logits.argmax(axis=-1) == labels).astype("float32")
+            terms["token_accuracy"] = mean_over_all(hits.sum(), count).detach()
+        return terms
 
     def _self_critical(self, model, batch):
         """-(reward of a drawn caption - baseline) x log-probability of its tokens, per token."""
         train, tokenizer = self.config.train, self.tokenizer
         decoding = dataclasses.replace(self.config.eval.decoding, min_length=0, block_trigrams=False, temperature=train.scst_temperature)
-        image, tags, samples = normalise_tensor(batch["image"]), tags_of(batch), train.scst_samples
+        samples = train.scst_samples
         methods = ("sample", "greedy") if train.scst_baseline == "greedy" else ("sample",)
         with evaluation_mode(model):
-            drawn, *greedy = (generate(model, image, tokenizer.cls_id, tokenizer.sep_id,
-                                       dataclasses.replace(decoding, method=method, samples=samples), tags) for method in methods)
+            drawn, *greedy = (self.captioner.generate(model, batch, tokenizer, dataclasses.replace(decoding, method=method, samples=samples))
+                              for method in methods)
         pictures, terms = batch["picture"].numpy().tolist(), {}
         rewards = np.array([[self._reward(picture, h) for h in own] for picture, own in zip(pictures, drawn)])
         if greedy:
@@ -164,12 +176,12 @@ class CaptioningTask(FinetuneTask):
         advantage = (rewards - baseline).reshape(-1)
         captions = [h.ids for own in drawn for h in own]
         tag_lists = None
-        if tags is not None:
-            lists = [row[:int(count)] for row, count in zip(tags[0].numpy().tolist(), tags[2].sum(axis=1).numpy())]
+        if "tag_ids" in batch:
+            lists = [row[:int(count)] for row, count in zip(batch["tag_ids"].numpy().tolist(), batch["tag_mask"].sum(axis=1).numpy())]
             tag_lists = [ids for ids in lists for _ in range(samples)]
-        text = to_tensors(target_arrays(captions, tag_lists, tokenizer.pad_id))
-        states = paddle.repeat_interleave(model.encode_image(image), samples, axis=0)
-        losses = F.cross_entropy(self._logits(model, states, text), text["labels"], reduction="none").reshape([-1])
+        text = to_tensors(self.captioner.targets(captions, tag_lists, tokenizer.pad_id))
+        encoded = {name: paddle.repeat_interleave(value, samples, axis=0) for name, value in self.captioner.encode(model, batch).items()}
+        losses = F.cross_entropy(self.captioner.logits(model, encoded, text), text["labels"], reduction="none").reshape([-1])
         weights = np.repeat(advantage, [len(ids) - 1 for ids in captions]).astype("float32")
         return {"loss": mean_over_all((losses * paddle.to_tensor(weights)).sum(), len(weights)),
                 "reward": paddle.to_tensor(float(rewards.mean())), **terms}
@@ -184,9 +196,9 @@ class CaptioningTask(FinetuneTask):
     def evaluators(self):
         settings, split = self.config.eval, self.config.eval.split
         word_starts = self.tokenizer.word_start_table() if settings.decoding.block_trigrams else None
-        found = [CaptionEvaluator(split, self.split(split), self.collate, settings, self.evaluate_every(), word_starts)]
+        found = [CaptionEvaluator(split, self.split(split), self.collate, settings, self.captioner, self.evaluate_every(), word_starts)]
         if settings.neighbours:
-            found.append(NeighbourEvaluator(self.split(split), self.split("train"), self.collate, settings))
+            found.append(NeighbourEvaluator(self.split(split), self.split("train"), self.collate, settings, self.captioner))
         return found
 
 
@@ -264,21 +276,19 @@ class CaptionEvaluator(_CaptionReport):
 
     Args:
         name: what the metrics are reported under; dataset: the split (samples are pictures); collate: its batching.
-        settings: :class:`CaptioningEval`; word_starts: see :func:`generate`.
+        settings: :class:`CaptioningEval`; captioner: of the model's system; word_starts: see :func:`models.generation.generate`.
     """
 
-    def __init__(self, name, dataset, collate, settings, every_steps=0, word_starts=None):
+    def __init__(self, name, dataset, collate, settings, captioner, every_steps=0, word_starts=None):
         super().__init__(name, dataset, settings, every_steps)
-        self.collate, self.word_starts = collate, word_starts
+        self.collate, self.captioner, self.word_starts = collate, captioner, word_starts
 
     def run(self, model):
         """Metrics of ``model`` on the split; the model's mode is restored."""
         captions, scores, tokenizer = [], [], self.dataset.tokenizer
         with evaluation_mode(model):
             for _, batch in batches_of(self.dataset, self.collate, self.settings.batch_size):
-                batch = to_tensors(batch)
-                found = generate(model, normalise_tensor(batch["image"]), tokenizer.cls_id, tokenizer.sep_id, self.settings.decoding,
-                                 tags_of(batch), self.word_starts)
+                found = self.captioner.generate(model, to_tensors(batch), tokenizer, self.settings.decoding, self.word_starts)
                 captions += [tokenizer.decode(own[0].ids).strip() for own in found]
                 scores += [own[0].scores[-1] for own in found]
         return self.judge(captions, scores)
@@ -287,19 +297,17 @@ class CaptionEvaluator(_CaptionReport):
 class NeighbourEvaluator(_CaptionReport):
     """A baseline: the caption of the most similar training pictures, chosen as the one the others agree with most.
 
-    Similarity is the product of the visual encoder's contrastive features.
+    Similarity is the product of the captioner's features (UNIMO-2: contrastive ones).
     """
 
-    def __init__(self, dataset, train, collate, settings):
+    def __init__(self, dataset, train, collate, settings, captioner):
         super().__init__("nearest_neighbour", dataset, settings)
-        self.train, self.collate = train, collate
+        self.train, self.collate, self.captioner = train, collate, captioner
 
     def run(self, model):
         """Metrics of the copied captions; ``model`` only finds the neighbours."""
-        pictures = CaptionDataset(self.train.images, self.train.tokenizer, self.train.image_size, self.train.data, by_caption=False)
-        own = CaptionDataset(self.dataset.images, self.train.tokenizer, self.train.image_size, self.train.data, by_caption=False)
         with evaluation_mode(model):
-            candidates, queries = (self._features(model, dataset) for dataset in (pictures, own))
+            candidates, queries = (self._features(model, dataset.alone()) for dataset in (self.train, self.dataset))
         similarity = queries @ candidates.T
         cider = CiderD([[caption_tokens(text) for text in self.train.references(i)] for i in range(len(self.train.images))])
         captions, scores = [], []
@@ -312,8 +320,7 @@ class NeighbourEvaluator(_CaptionReport):
     def _features(self, model, dataset):
         parts = []
         for _, batch in batches_of(dataset, self.collate, self.settings.batch_size):
-            states = model.encode_image(normalise_tensor(paddle.to_tensor(batch["image"])))
-            parts.append(model.contrastive_features(image_states=states)[0].numpy())
+            parts.append(self.captioner.features(model, to_tensors(batch)).numpy())
         return np.concatenate(parts)
 
 

@@ -9,9 +9,11 @@ from unimo2_paddle.data.formats.coco_captions import CaptionImage, read_caption_
 from unimo2_paddle.data.formats.karpathy import read_karpathy
 from unimo2_paddle.data.formats.pictures import require_pictures
 from unimo2_paddle.data.images import Augmentation, augment_image, decode_image, resize_image
+from unimo2_paddle.data.region_store import RegionStore
 from unimo2_paddle.errors import DataError
+from unimo2_paddle.tasks.unimo_inputs import image_arrays, region_problems
 
-FORMATS = ("karpathy", "coco", "filelist")
+FORMATS = ("karpathy", "coco", "filelist", "store")
 
 
 @dataclass
@@ -22,11 +24,14 @@ class CaptioningData:
     filelist, both with ``{split}`` where the split's name stands. ``objects``: the authors' object-tag file (empty: no tags).
     ``references``: COCO annotations to judge by where the data have no captions themselves (filelists), may hold ``{split}``.
     ``include_restval``: train also on COCO's restval, as everybody does.
+    For UNIMO ``regions`` is the store of region features (``{split}`` in it is replaced) and ``max_regions`` how many a picture has at most
+    with the global one; ``images`` may then be empty, reports have no pictures then. ``format: store`` takes the captions from the authors'
+    records that were imported with the features (``regions`` holds ``{split}``, ``annotations`` is empty).
     """
 
-    annotations: str
-    images: str
     vocab: str
+    annotations: str = ""
+    images: str = ""
     format: str = "karpathy"
     objects: str = ""
     references: str = ""
@@ -36,13 +41,19 @@ class CaptioningData:
     exif: bool = True
     augmentation: Augmentation = field(default_factory=Augmentation)
     num_workers: int = 0
+    regions: str = ""
+    max_regions: int = 101
 
     def problems(self):
-        found = [f"{key}: is empty; give a path" for key in ("annotations", "images", "vocab") if not getattr(self, key)]
+        found = [f"{key}: is empty; give a path" for key in ("vocab", *["annotations"] * (self.format != "store")) if not getattr(self, key)]
+        found += region_problems(self)
         found += [f"{key}: must be at least {low}, is {getattr(self, key)}"
                   for key, low in (("max_text_len", 3), ("max_objects", 2), ("num_workers", 0)) if getattr(self, key) < low]
         if self.format not in FORMATS:
             found.append(f"format: {self.format!r} is not one of {', '.join(FORMATS)}")
+        elif self.format == "store":
+            if "{split}" not in self.regions:
+                found.append(f"regions: must contain {{split}}, for example data/coco/regions_{{split}}; is {self.regions!r}")
         elif self.format != "karpathy" and "{split}" not in self.annotations:
             found.append("annotations: write {split} where the split's name stands, for example captions_{split}.json")
         return found
@@ -55,15 +66,30 @@ def read_images(data, split):
         DataError: files are missing or malformed.
     """
     place = data.annotations.replace("{split}", split)
-    if data.format == "karpathy":
-        found = read_karpathy(place, data.images, split, data.include_restval)
+    if data.format == "store":
+        images = _stored_captions(data.regions.replace("{split}", split))
+    elif data.format == "karpathy":
+        found = read_karpathy(place, data.images, split, data.include_restval, check_pictures=bool(data.images))
         images = [CaptionImage(image.image_id, image.path, image.captions) for image in found]
     else:
         images = (read_coco_captions if data.format == "coco" else read_caption_filelist)(place, data.images)
-        require_pictures(data.images, [image.path for image in images], place)
+        if data.images:
+            require_pictures(data.images, [image.path for image in images], place)
     if data.references and split != "train":
         _add_references(images, data.references.replace("{split}", split))
     return images
+
+
+def _stored_captions(directory):
+    """The pictures of a store in the order of their records, with the captions that stood in these."""
+    images = {}
+    for row in RegionStore(directory).texts():
+        image = images.setdefault(row["image_id"], CaptionImage(row["image_id"], row["image_id"]))
+        if row["token_ids"]:
+            image.tokens.append(row["token_ids"])
+    if not images:
+        raise DataError(f"{directory}: holds no records of captions; import the authors' files with --format captioning, or name data.annotations")
+    return list(images.values())
 
 
 def _add_references(images, path):
@@ -80,23 +106,24 @@ class CaptionDataset:
     Attributes:
         images: list of ``CaptionImage``; tags: id list per picture, or ``None`` when there are no object tags.
         items: (picture, caption) numbers of the samples; the caption is ``None`` when a sample is a picture.
+        regions: ``RegionPictures`` for UNIMO, ``None`` where pictures are files.
     """
 
-    def __init__(self, images, tokenizer, image_size, data, tags=None, by_caption=True):
+    def __init__(self, images, tokenizer, image_size, data, tags=None, by_caption=True, regions=None):
         self.images, self.tokenizer, self.image_size, self.data = images, tokenizer, image_size, data
-        self.tags = tags
+        self.tags, self.regions = tags, regions
         self.items = [(number, None) for number in range(len(images))]
         if by_caption:
             self.items = [(number, k) for number, image in enumerate(images) for k in range(len(image.tokens) or len(image.captions))]
         for image in images:
             largest = max((max(ids) for ids in image.tokens), default=0)
             if largest >= tokenizer.vocab_size:
-                raise DataError(f"{data.annotations}: token id {largest} of image {image.image_id} is outside the vocabulary of "
+                raise DataError(f"{data.annotations or data.regions}: token id {largest} of image {image.image_id} is outside the vocabulary of "
                                 f"{tokenizer.vocab_size} entries ({data.vocab})")
 
     @classmethod
-    def read(cls, data, tokenizer, image_size, split, by_caption, max_images=0):
-        """The data set that the group ``data`` describes.
+    def read(cls, data, tokenizer, image_size, split, by_caption, max_images=0, regions=None):
+        """The data set that the group ``data`` describes; ``regions`` are those of its pictures (UNIMO).
 
         Raises:
             DataError: files are missing or malformed, a picture has no object tags, or no picture has a caption to train on.
@@ -110,21 +137,31 @@ class CaptionDataset:
             if absent:
                 raise DataError(f"{data.objects}: no object tags for {len(absent)} of {len(images)} pictures, the first is {absent[0]}")
             tags = [known[image.image_id] for image in images]
-        dataset = cls(images, tokenizer, image_size, data, tags, by_caption)
+        if regions is not None:
+            regions.name(images, data.annotations or data.regions)
+        dataset = cls(images, tokenizer, image_size, data, tags, by_caption, regions)
         if not dataset.items:
-            raise DataError(f"{data.annotations}: split {split!r} has no captions to learn from")
+            raise DataError(f"{data.annotations or data.regions}: split {split!r} has no captions to learn from")
         return dataset
 
     def __len__(self):
         return len(self.items)
 
+    def alone(self):
+        """The same pictures as samples without tags and captions."""
+        return CaptionDataset(self.images, self.tokenizer, self.image_size, self.data, by_caption=False, regions=self.regions)
+
     def sample(self, index, rng):
-        """A mapping with ``picture`` (number), ``image`` uint8 ``[S, S, 3]``, ``tags`` and ``caption`` (ids or ``None``)."""
+        """A mapping with ``picture`` (number), ``image`` (uint8 ``[S, S, 3]``, or ``Regions``), ``tags`` and ``caption`` (ids or ``None``)."""
         number, k = self.items[index]
-        pixels = decode_image(self.images[number].path, exif=self.data.exif)
-        image = resize_image(pixels, self.image_size) if rng is None else augment_image(pixels, self.image_size, self.data.augmentation, rng)
-        return {"picture": number, "image": image, "tags": None if self.tags is None else self.tags[number],
+        return {"picture": number, "image": self._picture(self.images[number].path, rng), "tags": None if self.tags is None else self.tags[number],
                 "caption": None if k is None else self.caption_ids(number, k)}
+
+    def _picture(self, path, rng):
+        if self.regions is not None:
+            return self.regions.get(path)
+        pixels = decode_image(path, exif=self.data.exif)
+        return resize_image(pixels, self.image_size) if rng is None else augment_image(pixels, self.image_size, self.data.augmentation, rng)
 
     def caption_ids(self, number, k):
         """Caption ``k`` of a picture as ``[CLS] ... [SEP]``, cut to ``max_text_len`` with [SEP] kept."""
@@ -145,9 +182,9 @@ class CaptionDataset:
         return image.image_id, os.path.normpath(image.path)
 
 
-def picture_arrays(samples, pad_id):
-    """``picture`` int64 ``[B]``, ``image`` uint8 ``[B, S, S, 3]`` and, with object tags, ``tag_ids``, ``tag_positions``, ``tag_mask``."""
-    arrays = {"picture": np.array([s["picture"] for s in samples], dtype="int64"), "image": np.stack([s["image"] for s in samples])}
+def picture_arrays(samples, pad_id, max_regions=None):
+    """``picture`` int64 ``[B]``, what :func:`image_arrays` gives and, with object tags, ``tag_ids``, ``tag_positions``, ``tag_mask``."""
+    arrays = {"picture": np.array([s["picture"] for s in samples], dtype="int64"), **image_arrays([s["image"] for s in samples], max_regions)}
     if samples[0]["tags"] is not None:
         tags = text_arrays([s["tags"] for s in samples], pad_id)
         arrays.update(tag_ids=tags["input_ids"], tag_positions=tags["position_ids"], tag_mask=tags["text_mask"])

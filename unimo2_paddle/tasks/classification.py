@@ -6,21 +6,24 @@ import paddle
 
 from unimo2_paddle.models.classifier import Unimo2Classifier, UnimoClassifier
 from unimo2_paddle.models.configuration import UnimoConfig
-from unimo2_paddle.tasks.base import load_initial, normalise_tensor, to_tensors
+from unimo2_paddle.tasks.base import load_initial, to_tensors
 from unimo2_paddle.tasks.finetune import FinetuneTask, batches_of
 from unimo2_paddle.tasks.reporting import right_and_wrong, write_html_report, write_json, write_predictions
 from unimo2_paddle.tasks.retrieval_scoring import evaluation_mode
+from unimo2_paddle.tasks.unimo_inputs import image_inputs
 from unimo2_paddle.tasks.work import classifier_work
 
-MODEL_INPUTS = ("input_ids", "position_ids", "text_mask")
+TEXT_INPUTS = ("input_ids", "position_ids", "text_mask")
 
 
 def classifier_logits(model, batch):
-    """Logits ``[B, C]`` of a batch with ``image`` (uint8) and/or the text arrays."""
-    inputs = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-    if "image" in batch:
-        inputs["image"] = normalise_tensor(batch["image"])
-    return model(**inputs)
+    """Logits ``[B, C]`` of a batch with a picture (pixels or regions) and/or the text arrays."""
+    return model(**classifier_inputs(batch))
+
+
+def classifier_inputs(batch):
+    """A classifier's arguments from a batch of tensors."""
+    return {**{key: batch[key] for key in TEXT_INPUTS if key in batch}, **image_inputs(batch)}
 
 
 def build_classifier(section, seed, config, inputs, num_labels, dropout=0.1, prefix="cls_out", new_head=True, layout="pair", contrastive=False):

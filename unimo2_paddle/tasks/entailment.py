@@ -1,12 +1,17 @@
-"""Visual entailment on SNLI-VE: is a sentence true of a picture, false, or not to be decided (UNIMO-2, Table 1)."""
+"""Visual entailment on SNLI-VE: is a sentence true of a picture, false, or not to be decided (UNIMO-2, Table 1; UNIMO, Table 1)."""
 from dataclasses import dataclass
 
 import numpy as np
 import paddle.nn.functional as F
 
-from unimo2_paddle.data.formats.snli_ve import LABELS, read_snli_ve
+from unimo2_paddle.data.formats.snli_ve import LABELS, Hypothesis, read_snli_ve
+from unimo2_paddle.data.region_store import RegionStore
+from unimo2_paddle.errors import DataError
 from unimo2_paddle.metrics.classification import accuracy, class_recalls, confusion_matrix, majority_accuracy
-from unimo2_paddle.tasks.classification import ClassificationEvaluator, classifier_logits
+from unimo2_paddle.models.adversarial import AdversarialConfig
+from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig
+from unimo2_paddle.tasks.adversarial import adversarial_problems, adversarial_terms
+from unimo2_paddle.tasks.classification import ClassificationEvaluator, classifier_inputs, classifier_logits
 from unimo2_paddle.tasks.finetune import FinetuneEval, FinetuneTrain, softmax
 from unimo2_paddle.tasks.pairs import PairData, PairTask
 
@@ -15,16 +20,23 @@ from unimo2_paddle.tasks.pairs import PairData, PairTask
 class EntailmentData(PairData):
     """Group ``data`` of visual entailment, besides the keys of all pair tasks.
 
-    ``annotations``: the JSON-lines files with ``{split}`` for train, dev or test ("val" as a split is "dev"). ``image_suffix``: of
-    picture file names.
+    ``format``: ``snli_ve`` reads ``annotations``, the JSON-lines files with ``{split}`` for train, dev or test ("val" as a split is "dev");
+    ``store`` takes hypotheses and labels from the authors' records that were imported with the region features (UNIMO; ``regions`` holds
+    ``{split}``). ``image_suffix``: of picture file names.
     """
 
     annotations: str = ""
     image_suffix: str = ".jpg"
+    format: str = "snli_ve"
 
     def problems(self):
         found = super().problems()
-        if "{split}" not in self.annotations:
+        if self.format not in ("snli_ve", "store"):
+            found.append(f"format: {self.format!r} is not one of snli_ve, store")
+        elif self.format == "store":
+            if "{split}" not in self.regions:
+                found.append(f"regions: must contain {{split}}, for example data/snli_ve/regions_{{split}}; is {self.regions!r}")
+        elif "{split}" not in self.annotations:
             found.append(f"annotations: must contain {{split}}, for example data/snli_ve/snli_ve_{{split}}.jsonl; is {self.annotations!r}")
         return found
 
@@ -36,7 +48,12 @@ class EntailmentData(PairData):
 class EntailmentTask(PairTask):
     """Three-way classification of (picture, hypothesis)."""
 
-    sections = {**PairTask.sections, "data": EntailmentData, "train": FinetuneTrain, "eval": FinetuneEval}
+    sections = {**PairTask.sections, "data": EntailmentData, "train": FinetuneTrain, "eval": FinetuneEval, "adversarial": AdversarialConfig}
+    systems = (Unimo2Config, UnimoConfig)
+
+    @classmethod
+    def check(cls, config):
+        return super().check(config) + adversarial_problems(config)
 
     def __init__(self, config):
         super().__init__(config)
@@ -52,7 +69,9 @@ class EntailmentTask(PairTask):
     def records(self, split):
         """Hypotheses of a split."""
         data = self.config.data
-        return read_snli_ve(data.file(split), data.images, data.image_suffix)
+        if data.format == "store":
+            return stored_hypotheses(data.regions.replace("{split}", split), self.tokenizer)
+        return read_snli_ve(data.file(split), data.images, data.image_suffix, check_pictures=bool(data.images))
 
     def target(self, record):
         return record.label
@@ -61,14 +80,43 @@ class EntailmentTask(PairTask):
         return np.asarray(targets, dtype=np.int64)
 
     def loss(self, model, batch):
-        """Cross entropy."""
-        logits = classifier_logits(model, batch)
-        hits = (logits.argmax(axis=1) == batch["labels"]).astype("float32")
-        return {"loss": F.cross_entropy(logits, batch["labels"]), "accuracy": 100.0 * hits.mean().detach()}
+        """Cross entropy, over perturbed inputs where the group ``adversarial`` asks for it."""
+        settings, labels = self.config.adversarial, batch["labels"]
+        if settings.adv_type == "none":
+            logits = classifier_logits(model, batch)
+            terms = {"loss": F.cross_entropy(logits, labels)}
+        else:
+            inputs = classifier_inputs(batch)
+            terms, logits = adversarial_terms(model, lambda **deltas: model(**inputs, **deltas), lambda z: F.cross_entropy(z, labels), batch, settings)
+        if logits is not None:
+            hits = (logits.argmax(axis=1) == labels).astype("float32")
+            terms["accuracy"] = 100.0 * hits.mean().detach()
+        return terms
 
     def evaluators(self):
         settings = self.config.eval
         return [EntailmentEvaluator(self, settings)]
+
+
+def stored_hypotheses(directory, tokenizer):
+    """The hypotheses that stood in the same records as the region features of a store.
+
+    Raises:
+        DataError: there is no such store, it has no hypotheses, or their token ids are outside the vocabulary.
+    """
+    found = []
+    for row in RegionStore(directory).texts():
+        where = f"{directory}: hypothesis {row['text_id']}"
+        if row["label"] not in ("0", "1", "2") or not row["token_ids"]:
+            raise DataError(f"{where} of image {row['image_id']} has no label 0, 1 or 2 or no tokens; import files of the format entailment")
+        if max(row["token_ids"]) >= tokenizer.vocab_size:
+            raise DataError(f"{where} has token id {max(row['token_ids'])}, the vocabulary has {tokenizer.vocab_size} entries; data.vocab must be "
+                            "the vocabulary these ids were made with")
+        found.append(Hypothesis(row["text_id"], row["image_id"], tokenizer.decode(row["token_ids"]).strip(), row["image_id"], int(row["label"]),
+                                tuple(row["token_ids"])))
+    if not found:
+        raise DataError(f"{directory}: holds no hypotheses; import the authors' records with --format entailment, or read data.format=snli_ve")
+    return found
 
 
 class EntailmentEvaluator(ClassificationEvaluator):

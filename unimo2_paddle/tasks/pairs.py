@@ -1,15 +1,15 @@
-"""What tasks on a picture and a sentence share (VQA, visual entailment): pictures from files, tokens, batches."""
+"""What tasks on a picture and a sentence share (VQA, visual entailment): pictures from files or a store of regions, tokens, batches."""
 import os
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from unimo2_paddle.data.collate import text_arrays, with_special_tokens
 from unimo2_paddle.data.images import Augmentation, augment_image, decode_image, resize_image
 from unimo2_paddle.data.tokenizer import Tokenizer
+from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.tasks.base import check_vocabulary
 from unimo2_paddle.tasks.classification import ClassificationTask, build_classifier
+from unimo2_paddle.tasks.unimo_inputs import image_arrays, known_system, mismatch, open_regions, region_problems
 
 PICTURE_CACHE = 1 << 30  # bytes of resized pictures kept in memory; those used least recently go first
 
@@ -20,7 +20,9 @@ class PairData:
 
     ``images``: picture folder; ``vocab``: folder of the three vocabulary files; ``max_text_len``: tokens with [CLS] and [SEP];
     ``exif``: turn pictures as their EXIF orientation says; ``num_workers``: processes that build batches;
-    ``augmentation``: random changes of training pictures (mirroring makes "left" and "right" wrong).
+    ``augmentation``: random changes of training pictures (mirroring makes "left" and "right" wrong). For UNIMO ``regions`` is the store of
+    region features (``{split}`` in it is replaced) and ``max_regions`` how many a picture has at most with the global one; ``images`` may
+    then be empty, reports have no pictures then.
     """
 
     images: str = ""
@@ -29,9 +31,11 @@ class PairData:
     exif: bool = True
     num_workers: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    regions: str = ""
+    max_regions: int = 101
 
     def problems(self):
-        found = [f"{key}: is empty; give a path" for key in ("images", "vocab") if not getattr(self, key)]
+        found = ([] if self.vocab else ["vocab: is empty; give a path"]) + region_problems(self)
         if self.max_text_len < 3:
             found.append(f"max_text_len: must be at least 3 ([CLS], a token, [SEP]), is {self.max_text_len}")
         if self.num_workers < 0:
@@ -102,8 +106,13 @@ class PairDataset:
     def sample(self, index, rng):
         """Picture, token ids and target of one record; ``rng`` only in training."""
         record = self.records[index]
-        ids = with_special_tokens(self.tokenizer.encode(record.text), self.tokenizer, self.max_text_len)
-        return {"image": self.pictures.get(record.path, rng), "ids": ids, "target": self.target(record)}
+        return {"image": self.pictures.get(record.path, rng), "ids": self._ids(record), "target": self.target(record)}
+
+    def _ids(self, record):
+        tokens, most = getattr(record, "tokens", ()), self.max_text_len
+        if not tokens:
+            return with_special_tokens(self.tokenizer.encode(record.text), self.tokenizer, most)
+        return list(tokens if len(tokens) <= most else (*tokens[: most - 1], self.tokenizer.sep_id))
 
 
 class PairTask(ClassificationTask):
@@ -120,7 +129,7 @@ class PairTask(ClassificationTask):
 
     @classmethod
     def check(cls, config):
-        return super().check(config) + text_length_problems(config)
+        return super().check(config) + text_length_problems(config) + _system_problems(config)
 
     def build_model(self):
         head = self.config.head
@@ -140,17 +149,32 @@ class PairTask(ClassificationTask):
         raise NotImplementedError
 
     def dataset(self, split):
-        data = self.config.data
-        pictures = Pictures(self.model_config.image_size, data.exif, data.augmentation)
-        return PairDataset(self.records(split), self.tokenizer, pictures, data.max_text_len, self.target)
+        data, records = self.config.data, self.records(split)
+        pictures = open_regions(data, self.model_config, split)
+        if pictures is None:
+            pictures = Pictures(self.model_config.image_size, data.exif, data.augmentation)
+        else:
+            pictures.name(records, f"split {split!r}")
+        return PairDataset(records, self.tokenizer, pictures, data.max_text_len, self.target)
 
     def collate(self, samples):
-        batch = {"image": np.stack([sample["image"] for sample in samples]),
+        batch = {**image_arrays([sample["image"] for sample in samples], self.config.data.max_regions or None),
                  **text_arrays([sample["ids"] for sample in samples], self.tokenizer.pad_id)}
         targets = [sample["target"] for sample in samples]
         if all(target is not None for target in targets):
             batch["labels"] = self.target_array(targets)
         return batch
+
+
+def _system_problems(config):
+    """Problems between the model's system and the data and head that it is to have."""
+    model = known_system(config.model)
+    if model is None:
+        return []
+    found = [told for told in [mismatch(config.data, model)] if told]
+    if isinstance(model, UnimoConfig) and (config.head.layout != "pair" or config.head.contrastive):
+        found.append("head: layout and contrastive are UNIMO-2's; UNIMO reads picture and sentence in one sequence. Leave both out")
+    return found
 
 
 def text_length_problems(config):

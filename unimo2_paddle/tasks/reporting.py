@@ -78,7 +78,8 @@ def _table(caption, header, rows):
 
 
 def _card(example):
-    picture = thumbnail(example["image"]) if example.get("image") else ""
+    # there may be region features of a picture and no file
+    picture = thumbnail(example["image"]) if example.get("image") and os.path.exists(example["image"]) else ""
     fields = "".join(f"<div><b>{html.escape(str(key))}</b> {html.escape(str(value))}</div>"
                      for key, value in example.items() if key not in ("image", "correct"))
     return f"<div class='card {'right' if example['correct'] else 'wrong'}'>{picture}<div>{fields}</div></div>"

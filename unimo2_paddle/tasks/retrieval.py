@@ -1,4 +1,4 @@
-"""Image-text retrieval: which picture does a sentence describe, which sentence describes a picture (UNIMO-2, Table 1)."""
+"""Image-text retrieval: which picture does a sentence describe, which sentence describes a picture (UNIMO-2, Table 1; UNIMO, Table 1)."""
 import contextlib
 import os
 from dataclasses import dataclass
@@ -8,19 +8,23 @@ import numpy as np
 
 from unimo2_paddle.data.collate import FIRST_POSITION, PAD_POSITION, pad, with_special_tokens
 from unimo2_paddle.data.formats.ids import read_ids_dataset
-from unimo2_paddle.data.formats.karpathy import read_karpathy
+from unimo2_paddle.data.formats.karpathy import CaptionedImage, read_karpathy
 from unimo2_paddle.data.images import decode_image, resize_image
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import ConfigError, DataError, UserInputError
 from unimo2_paddle.metrics.retrieval import chance_metrics, retrieval_metrics
-from unimo2_paddle.tasks.base import build_unimo2, check_vocabulary
+from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig
+from unimo2_paddle.tasks.base import build_backbone, check_vocabulary
 from unimo2_paddle.tasks.finetune import FinetuneTask
 from unimo2_paddle.tasks.retrieval_report import write_retrieval_report
 from unimo2_paddle.tasks.retrieval_scoring import encode_images, encode_texts, evaluation_mode, score_matrix, shortlist_scores
 from unimo2_paddle.tasks.retrieval_training import CirclePairs, InBatchPairs, RetrievalTrain, circle_terms, collate_pairs, in_batch_terms
+from unimo2_paddle.tasks.unimo_inputs import known_system, mismatch, open_regions, region_problems
+from unimo2_paddle.tasks.unimo_retrieval import all_scores
 from unimo2_paddle.tasks.work import retrieval_work
 
 PIXEL_CACHE = 1 << 30  # bytes of decoded pictures kept between evaluations
+NO_SHORTLIST = "UNIMO reads picture and sentence together and has no cheap score that could choose a shortlist; set eval.rerank_k=all"
 
 
 @dataclass
@@ -30,21 +34,25 @@ class RetrievalData:
     ``annotations`` is a Karpathy JSON file, or for ``format: ids`` an authors' ``.ids`` file or the folder of
     ``<split>.all.ids`` or ``<split>.ids``. ``vocab`` is the folder of the three vocabulary files. ``image_suffix`` completes
     picture names of ``.ids`` files. ``exif``: turn pictures as their EXIF orientation says (the authors ignore it).
-    ``restval``: train on COCO's split "restval" too, as is usual. ``num_workers``: processes that read training batches.
+    ``restval``: train on COCO's split "restval" too, as is usual. ``num_workers``: processes that read training batches. For UNIMO
+    ``regions`` is the store of region features (``{split}`` in it is replaced) and ``max_regions`` how many a picture has at most with the
+    global one; ``images`` may then be empty, reports have no pictures then.
     """
 
     annotations: str
-    images: str
     vocab: str
+    images: str = ""
     format: str = "karpathy"
     max_text_len: int = 128
     image_suffix: str = ".jpg"
     exif: bool = True
     restval: bool = True
     num_workers: int = 0
+    regions: str = ""
+    max_regions: int = 101
 
     def problems(self):
-        found = [f"{key}: is empty; give a path" for key in ("annotations", "images", "vocab") if not getattr(self, key)]
+        found = [f"{key}: is empty; give a path" for key in ("annotations", "vocab") if not getattr(self, key)] + region_problems(self)
         if self.format not in ("karpathy", "ids"):
             found.append(f"format: {self.format!r} is not one of karpathy, ids")
         if self.max_text_len < 3:
@@ -96,19 +104,19 @@ class RetrievalDataset:
         image_ids, image_paths: names and files of the I pictures.
         captions: text of the T captions, those of a picture in a row; tokens, positions: their ids with [CLS] and [SEP];
             text_image: int64 ``[T]``, the picture of every caption.
-        pad_id: id that fills up short captions.
+        pad_id: id that fills up short captions; regions: the pictures' ``RegionPictures``, ``None`` for UNIMO-2.
     """
 
     def __init__(self, pad_id, exif=True):
-        self.pad_id, self.exif = pad_id, exif
+        self.pad_id, self.exif, self.regions = pad_id, exif, None
         self.image_ids, self.image_paths = [], []
         self.captions, self.tokens, self.positions = [], [], []
         self.text_image, self._counts = np.zeros(0, dtype="int64"), []
         self._cache, self._cached_size, self._cached_bytes = {}, None, 0
 
     @classmethod
-    def read(cls, data, tokenizer, split, max_images=0, captions_per_image=0):
-        """The data set that a :class:`RetrievalData` group describes.
+    def read(cls, data, tokenizer, split, max_images=0, captions_per_image=0, regions=None):
+        """The data set that a :class:`RetrievalData` group describes; ``regions`` are those of its pictures (UNIMO).
 
         Raises:
             DataError: files are missing or malformed.
@@ -116,18 +124,22 @@ class RetrievalDataset:
         reader = cls.from_karpathy if data.format == "karpathy" else cls.from_ids
         place = data.annotations if data.format == "karpathy" else ids_file(data.annotations, split)
         extra = {"split": split, "restval": data.restval} if data.format == "karpathy" else {"suffix": data.image_suffix}
-        return reader(place, data.images, tokenizer, max_text_len=data.max_text_len, max_images=max_images,
-                      captions_per_image=captions_per_image, exif=data.exif, **extra)
+        dataset = reader(place, data.images, tokenizer, max_text_len=data.max_text_len, max_images=max_images,
+                         captions_per_image=captions_per_image, exif=data.exif, check_pictures=bool(data.images), **extra)
+        if regions is not None:
+            regions.name([CaptionedImage(i, path, []) for i, path in zip(dataset.image_ids, dataset.image_paths)], place)
+            dataset.regions = regions
+        return dataset
 
     @classmethod
     def from_karpathy(cls, annotations, images_dir, tokenizer, split="test", max_text_len=128, max_images=0,
-                      captions_per_image=0, exif=True, restval=False):
+                      captions_per_image=0, exif=True, restval=False, check_pictures=True):
         """One split of a Karpathy JSON file; captions longer than ``max_text_len`` ids lose their end but keep [SEP].
 
         With ``restval`` the split "train" includes "restval".
         """
         dataset = cls(tokenizer.pad_id, exif)
-        for image in _first(read_karpathy(annotations, images_dir, split, include_restval=restval), max_images):
+        for image in _first(read_karpathy(annotations, images_dir, split, restval, check_pictures), max_images):
             captions = _first(image.captions, captions_per_image)
             tokens = [with_special_tokens(ids, tokenizer, max_text_len) for ids in tokenizer.encode_batch(captions)]
             positions = [list(range(FIRST_POSITION, FIRST_POSITION + len(ids))) for ids in tokens]
@@ -136,10 +148,10 @@ class RetrievalDataset:
 
     @classmethod
     def from_ids(cls, path, images_dir, tokenizer, suffix=".jpg", max_text_len=128, max_images=0, captions_per_image=0,
-                 exif=True):
+                 exif=True, check_pictures=True):
         """The authors' ``.ids`` file, whose token and position ids are taken as they are (and cut as above)."""
         dataset = cls(tokenizer.pad_id, exif)
-        for image in _first(read_ids_dataset(path, images_dir, suffix), max_images):
+        for image in _first(read_ids_dataset(path, images_dir, suffix, check_pictures), max_images):
             captions = _first(image.captions, captions_per_image)
             largest = max(max(caption.token_ids) for caption in captions)
             if largest >= tokenizer.vocab_size:
@@ -165,6 +177,12 @@ class RetrievalDataset:
 
     def __len__(self):
         return len(self.image_ids)
+
+    def picture_arrays(self, numbers, size=0):
+        """The pictures ``numbers`` as arrays of a batch: pixels at ``size``, or regions."""
+        if self.regions is not None:
+            return self.regions.arrays([self.image_paths[number] for number in numbers])
+        return {"image": self.chosen_pictures(numbers, size)}
 
     def pictures(self, first, last, size):
         """Pictures ``first`` to ``last - 1`` at ``size`` pixels: uint8 ``[N, S, S, 3]``; see :meth:`chosen_pictures`."""
@@ -241,7 +259,7 @@ class RetrievalEvaluator:
         """Score all pairs, or those of the shortlist; the model's mode is restored.
 
         Returns:
-            dict of floats: :func:`~unimo2_paddle.metrics.retrieval.retrieval_metrics` of the retrieval score, and of the
+            dict of floats: :func:`~unimo2_paddle.metrics.retrieval.retrieval_metrics` of the retrieval score, and (UNIMO-2) of the
             contrastive score alone under ``contrastive_...``. With a shortlist also, in percent, ``shortlist_ir`` and ``shortlist_tr``
             (queries whose right answer, or one of them, is in it: no recall can be higher) and ``shortlist_pairs`` (of all pairs).
 
@@ -250,18 +268,22 @@ class RetrievalEvaluator:
             DataError: a picture cannot be read.
         """
         self._check(model)
+        unimo = isinstance(model.config, UnimoConfig)
         with evaluation_mode(model), self._progress() as bar:
-            texts = encode_texts(model, self.dataset, self.pair_batch)
-            if self.rerank_k == "all":
+            texts = None if unimo else encode_texts(model, self.dataset, self.pair_batch)
+            if unimo:
+                self.scores = all_scores(model, self.dataset, self.image_batch, self.pair_batch, bar and bar.update)
+            elif self.rerank_k == "all":
                 images = encode_images(model, self.dataset, self.image_batch)
                 self.scores = score_matrix(model, images, texts, self.pair_batch, bar and bar.update)
             else:
                 self.scores = shortlist_scores(model, self.dataset, texts, self.rerank_k, self.image_batch, self.pair_batch,
                                                bar and bar.update)
-        self.score_weight = model.config.cmcl_score_weight
+        self.score_weight = None if unimo else model.config.cmcl_score_weight
         self.metrics = retrieval_metrics(self.scores.retrieval, self.dataset.text_image)
-        alone = retrieval_metrics(self.scores.contrastive, self.dataset.text_image)
-        self.metrics.update((f"contrastive_{key}", value) for key, value in alone.items())
+        if self.scores.contrastive is not None:
+            alone = retrieval_metrics(self.scores.contrastive, self.dataset.text_image)
+            self.metrics.update((f"contrastive_{key}", value) for key, value in alone.items())
         if self.scores.shortlist is not None:
             self.metrics.update(shortlist_metrics(self.scores.shortlist, self.dataset.text_image))
         return dict(self.metrics)
@@ -270,6 +292,10 @@ class RetrievalEvaluator:
         config = model.config
         if model.vision is None or model.text is None or not {"pooling", "matching"} <= set(model.heads):
             raise UserInputError("retrieval needs a model with its visual and text Transformers and the pooling and matching heads")
+        if isinstance(config, UnimoConfig) and self.dataset.regions is None:
+            raise UserInputError("retrieval by UNIMO needs region features of the pictures; give data.regions")
+        if isinstance(config, UnimoConfig) and self.rerank_k != "all":
+            raise UserInputError(f"rerank_k {self.rerank_k}: {NO_SHORTLIST}")
         largest_id = max(max(ids) for ids in self.dataset.tokens)
         if largest_id >= config.text_vocab_size:
             raise UserInputError(f"a caption has token id {largest_id}, the model's vocabulary has {config.text_vocab_size} "
@@ -304,8 +330,9 @@ class RetrievalEvaluator:
         self._require_run()
         lines = [f"retrieval, {self.name}: {len(self.dataset)} pictures, {len(self.dataset.captions)} captions",
                  f"{'':<38}{'R@1':>8}{'R@5':>8}{'R@10':>8}{'median rank':>13}"]
-        for title, values, prefix in (("matching + contrastive", self.metrics, ""),
-                                      ("contrastive alone", self.metrics, "contrastive_"), ("chance", self.chance(), "")):
+        kinds = (("matching", self.metrics, ""),) if self.scores.contrastive is None else (
+            ("matching + contrastive", self.metrics, ""), ("contrastive alone", self.metrics, "contrastive_"))
+        for title, values, prefix in (*kinds, ("chance", self.chance(), "")):
             for arrow, key in (("text -> image", "ir"), ("image -> text", "tr")):
                 recalls = "".join(f"{values[f'{prefix}{key}_r{k}']:>8.2f}" for k in (1, 5, 10))
                 lines.append(f"{arrow + '  ' + title:<38}{recalls}{values[f'{prefix}{key}_median_rank']:>13.1f}")
@@ -341,7 +368,8 @@ def retrieval_evaluators(data, settings, model_config, tokenizer, show_progress=
         DataError: files are missing or malformed.
     """
     check_vocabulary(tokenizer, model_config, data.vocab)
-    dataset = RetrievalDataset.read(data, tokenizer, settings.split, settings.max_images, settings.captions_per_image)
+    dataset = RetrievalDataset.read(data, tokenizer, settings.split, settings.max_images, settings.captions_per_image,
+                                    open_regions(data, model_config, settings.split))
     return [RetrievalEvaluator(dataset, settings.split, settings.image_batch, settings.pair_batch, settings.every_steps,
                                show_progress, settings.rerank_k)]
 
@@ -350,6 +378,18 @@ class RetrievalTask(FinetuneTask):
     """Retrieval finetuning, and evaluation of any model with the pooling and matching heads."""
 
     sections = {**FinetuneTask.sections, "data": RetrievalData, "train": RetrievalTrain, "eval": RetrievalTaskEval}
+    systems = (Unimo2Config, UnimoConfig)
+
+    @classmethod
+    def check(cls, config):
+        model = known_system(config.model)
+        found = [] if model is None else [told for told in [mismatch(config.data, model)] if told]
+        if isinstance(model, UnimoConfig):
+            if config.eval.rerank_k != "all":
+                found.append(f"eval.rerank_k: {NO_SHORTLIST}")
+            if config.train.objective == "in_batch":
+                found.append("train.objective: in_batch needs UNIMO-2's contrastive features; UNIMO learns by circle")
+        return found
 
     @property
     def selection(self):
@@ -357,7 +397,10 @@ class RetrievalTask(FinetuneTask):
 
     def build_model(self):
         section = self.config.model
-        return build_unimo2(section, self.config.run.seed, section.model_config(), heads=("pooling", "matching"))
+        config = section.model_config()
+        # pre-trained and text models have no matching head, in UNIMO it is the task's own
+        patterns = ("match_fc*",) if isinstance(config, UnimoConfig) and self.is_training() else ()
+        return build_backbone(section, self.config.run.seed, config, heads=("pooling", "matching"), head_patterns=patterns)
 
     def dataset(self, split):
         config, train = self.config, self.config.train
@@ -367,13 +410,13 @@ class RetrievalTask(FinetuneTask):
         tokenizer = Tokenizer.from_directory(config.data.vocab)
         self.model_config = config.model.model_config()
         check_vocabulary(tokenizer, self.model_config, config.data.vocab)
-        dataset = RetrievalDataset.read(config.data, tokenizer, split)
+        dataset = RetrievalDataset.read(config.data, tokenizer, split, regions=open_regions(config.data, self.model_config, split))
         if train.objective == "in_batch":
             return InBatchPairs(dataset, train.batch_size)
         return CirclePairs(dataset, train.image_negatives, train.caption_negatives)
 
     def collate(self, samples):
-        return collate_pairs(samples, self.split("train").dataset, self.config.model.model_config().image_size)
+        return collate_pairs(samples, self.split("train").dataset, getattr(self.model_config, "image_size", 0))
 
     def work(self, batch):
         train, pairs = self.config.train, batch["pair_image"].size

@@ -53,7 +53,8 @@ def _write_results(evaluator, path):
     dataset = evaluator.dataset
     content = {
         "name": evaluator.name, "images": len(dataset), "captions": len(dataset.captions),
-        "score": f"matching logit + {evaluator.score_weight:g} x contrastive score", "rerank_k": evaluator.rerank_k,
+        "score": "matching score" if evaluator.score_weight is None else f"matching logit + {evaluator.score_weight:g} x contrastive score",
+        "rerank_k": evaluator.rerank_k,
         "metrics": evaluator.metrics, "chance": evaluator.chance(),
     }
     with open(path, "w", encoding="utf-8") as file:
@@ -157,9 +158,12 @@ def _write_cell(axes, lines, width=36, note=""):
 
 
 def _draw_picture(axes, dataset, number, frame):
-    picture = decode_image(dataset.image_paths[number], exif=dataset.exif)
-    thin = max(1, max(picture.shape[:2]) // _PICTURE_EDGE)
-    axes.imshow(picture[::thin, ::thin])
+    if dataset.regions is not None and not os.path.isfile(dataset.image_paths[number]):
+        axes.text(0.5, 0.5, dataset.image_ids[number], fontsize=9, ha="center", va="center", parse_math=False, transform=axes.transAxes)
+    else:
+        picture = decode_image(dataset.image_paths[number], exif=dataset.exif)
+        thin = max(1, max(picture.shape[:2]) // _PICTURE_EDGE)
+        axes.imshow(picture[::thin, ::thin])
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():

@@ -51,14 +51,14 @@ class TextGroup(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Scores of all pairs, float32 ``[T, I]``.
+    """Scores of all pairs, float32 ``[T, I]``; UNIMO has no contrastive ones.
 
     ``shortlist``: bool ``[T, I]``, which pairs the whole model has scored; ``None`` = all. The others keep the order of their contrastive
     scores, behind every pair of the shortlist.
     """
 
     retrieval: np.ndarray
-    contrastive: np.ndarray
+    contrastive: Optional[np.ndarray] = None
     shortlist: Optional[np.ndarray] = None
 
 

@@ -6,10 +6,12 @@ import paddle
 import paddle.nn.functional as F
 
 from unimo2_paddle.errors import DataError
+from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.models.losses import contrastive_loss, retrieval_circle_loss
 from unimo2_paddle.models.parallel import gather_rows, rank
 from unimo2_paddle.tasks.finetune import FinetuneTrain
 from unimo2_paddle.tasks.retrieval_scoring import contrastive_scores, encode_captions, encode_pictures, matching_logits
+from unimo2_paddle.tasks.unimo_retrieval import batch_scores
 
 OBJECTIVES = ("circle", "in_batch")
 
@@ -22,7 +24,7 @@ class RetrievalTrain(FinetuneTrain):
     ``caption_negatives`` captions of others, and an epoch is every caption once. ``in_batch`` takes every picture with one of its
     captions once per epoch, contrasts all pairs of a batch and matches each with the hardest others; of ``matched_pairs`` above 0 only
     so many (the first of a worker's batch) go through the grounded encoder, because contrast is cheap and matching is not.
-    ``margin``, ``scale``: of the circle loss.
+    ``margin``, ``scale``: of the circle loss. ``use_sigmoid``: it sees the scores' sigmoid (the authors' default, switched off in their runs).
     """
 
     epochs: int = 40
@@ -32,6 +34,7 @@ class RetrievalTrain(FinetuneTrain):
     caption_negatives: int = 10
     margin: float = 0.2
     scale: float = 1.0
+    use_sigmoid: bool = False
     matched_pairs: int = 0
 
     def problems(self):
@@ -113,13 +116,13 @@ def collate_pairs(samples, dataset, image_size):
         samples: of :class:`CirclePairs` or :class:`InBatchPairs`; dataset: their ``RetrievalDataset``; image_size: pixels.
 
     Returns:
-        dict: ``image`` uint8 ``[U, S, S, 3]``, ``input_ids``, ``position_ids``, ``text_mask`` ``[V, L]``, the pairs as rows of these,
+        dict: ``image`` uint8 ``[U, S, S, 3]`` or the regions of U pictures, ``input_ids``, ``position_ids``, ``text_mask`` ``[V, L]``, the pairs as rows of these,
         ``pair_image`` and ``pair_text`` int64 ``[B, C]``, and ``noise`` where samples have it.
     """
     images, pair_image = np.unique(np.stack([sample["images"] for sample in samples]), return_inverse=True)
     texts, pair_text = np.unique(np.stack([sample["texts"] for sample in samples]), return_inverse=True)
     ids, positions, mask = dataset.text_batch(texts)
-    batch = {"image": dataset.chosen_pictures(images.tolist(), image_size), "input_ids": ids, "position_ids": positions, "text_mask": mask,
+    batch = {**dataset.picture_arrays(images.tolist(), image_size), "input_ids": ids, "position_ids": positions, "text_mask": mask,
              "pair_image": pair_image.reshape(len(samples), -1), "pair_text": pair_text.reshape(len(samples), -1)}
     if "noise" in samples[0]:
         batch["noise"] = np.stack([sample["noise"] for sample in samples])
@@ -134,17 +137,22 @@ def _encode(model, batch):
 def circle_terms(model, batch, train):
     """Loss terms of a batch from :class:`CirclePairs`, and the share of true pairs that score above all their negatives.
 
-    The distinct pictures and captions are encoded once and gathered, so the pairs of a batch share the encoders' dropout, where the
+    UNIMO-2: the distinct pictures and captions are encoded once and gathered, so the pairs of a batch share the encoders' dropout, where the
     authors encode a picture anew for each of its pairs.
     """
-    shape = batch["pair_image"].shape
-    images, texts = _encode(model, batch)
-    images, texts = images.take(batch["pair_image"].reshape([-1])), texts.take(batch["pair_text"].reshape([-1]))
-    scores = matching_logits(model, images, texts)[:, 1] + model.config.cmcl_score_weight * contrastive_scores(images, texts)
-    scores = scores.reshape(shape)
+    scores = batch_scores(model, batch) if isinstance(model.config, UnimoConfig) else _grounded_scores(model, batch)
+    scores = F.sigmoid(scores) if train.use_sigmoid else scores
     loss, caption_side, image_side = retrieval_circle_loss(scores, train.margin, train.scale, train.image_negatives)
     best = (scores[:, 0] > scores[:, 1:].max(axis=1)).astype("float32").mean()
     return {"loss": loss, "caption_negatives": caption_side, "image_negatives": image_side, "accuracy": best}
+
+
+def _grounded_scores(model, batch):
+    """Scores ``[B, C]`` of a batch's pairs by UNIMO-2."""
+    images, texts = _encode(model, batch)
+    images, texts = images.take(batch["pair_image"].reshape([-1])), texts.take(batch["pair_text"].reshape([-1]))
+    scores = matching_logits(model, images, texts)[:, 1] + model.config.cmcl_score_weight * contrastive_scores(images, texts)
+    return scores.reshape(batch["pair_image"].shape)
 
 
 def in_batch_terms(model, batch, matched_pairs=0):

@@ -55,13 +55,13 @@ def read_ids(path):
         raise DataError(f"{path}: cannot read the captions: {error.strerror}") from None
 
 
-def read_ids_dataset(path, images_dir, suffix=".jpg"):
+def read_ids_dataset(path, images_dir, suffix=".jpg", check_pictures=True):
     """Reads an ``.ids`` file grouped by picture.
 
     Args:
         path: the file.
         images_dir: the picture folder; a picture is ``images_dir/<image_id><suffix>``.
-        suffix: ending of the picture files.
+        suffix: ending of the picture files; check_pictures: make sure that every picture exists.
 
     Returns:
         list of TokenisedImage in order of first appearance.
@@ -78,7 +78,8 @@ def read_ids_dataset(path, images_dir, suffix=".jpg"):
     if not images:
         raise DataError(f"{path}: no caption in this file; a line is {';'.join(_FIELDS)}")
     images = list(images.values())
-    require_pictures(images_dir, [image.path for image in images], path)
+    if check_pictures:
+        require_pictures(images_dir, [image.path for image in images], path)
     return images
 
 

@@ -1,6 +1,7 @@
 """SNLI-VE (visual entailment): the official ``snli_ve_{train,dev,test}.jsonl``, one pair of picture and hypothesis per line."""
 import json
 from dataclasses import dataclass
+from typing import Tuple
 
 from unimo2_paddle.data.formats.pictures import picture_path, require_pictures
 from unimo2_paddle.errors import DataError
@@ -13,7 +14,7 @@ NO_LABEL = "-"  # the annotators did not agree; such lines are left out, as in a
 class Hypothesis:
     """A sentence about a picture: true of it (entailment), false (contradiction), or not to be decided from it (neutral).
 
-    ``label`` is an index into :data:`LABELS`.
+    ``label`` is an index into :data:`LABELS`; ``tokens``: vocabulary ids with [CLS] and [SEP], where the data came tokenised.
     """
 
     pair_id: str
@@ -21,6 +22,7 @@ class Hypothesis:
     text: str
     path: str
     label: int
+    tokens: Tuple[int, ...] = ()
 
 
 def read_snli_ve(path, images_dir, suffix=".jpg", check_pictures=True):
