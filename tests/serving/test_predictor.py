@@ -51,7 +51,7 @@ TEXTS = {"text": "A small red ring is left of a blue box.", "text_b": "There is 
 
 def test_the_task_files_of_these_tests_have_the_keys_the_tasks_write():
     settings = SimpleNamespace(
-        data=SimpleNamespace(max_text_len=64, objects="", dataset="mnli", class_names=lambda: LABELS),
+        data=SimpleNamespace(max_text_len=64, objects="", regions="", dataset="mnli", class_names=lambda: LABELS),
         eval=SimpleNamespace(decoding=Decoding(), centre_crop=0.0), head=SimpleNamespace(layout="pair", contrastive=False))
     stand_in = SimpleNamespace(config=settings, data=settings.data, answers=["yes"], frequent=dict, classes=["n1"], names=["cat"], inputs="image")
     for name, task in (("mnli", GlueTask), ("entailment", EntailmentTask), ("vqa", VqaTask), ("imagenet", ImagenetTask), ("captioning", CaptioningTask)):

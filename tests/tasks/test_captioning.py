@@ -167,11 +167,11 @@ def test_self_critical_training_runs_and_its_gradient_follows_the_advantage(run_
     # captions with the end token early get all the reward: their probability must rise
     words = {"good": [task.tokenizer.cls_id, 10, task.tokenizer.sep_id], "bad": [task.tokenizer.cls_id, 11, 12, 13]}
 
-    def drawn(model, image, start, end, options, tags=None):
+    def drawn(model, image, start, end, options, tags=None, word_starts=None):
         kinds = ["bad"] if options.method == "greedy" else ["good", "bad"]
         return [[Hypothesis(words[kind], [0.0] * len(words[kind])) for kind in kinds] for _ in range(image.shape[0])]
 
-    monkeypatch.setattr("unimo2_paddle.tasks.captioning.generate", drawn)
+    monkeypatch.setattr("unimo2_paddle.tasks.captioners.generate", drawn)
     monkeypatch.setattr(task, "_reward", lambda picture, h: float(h.ids == words["good"]))
     optimizer = paddle.optimizer.Adam(1e-3, parameters=model.parameters())
     losses = []

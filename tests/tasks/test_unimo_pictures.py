@@ -1,5 +1,6 @@
 """UNIMO's tasks on pictures: regions instead of pixels in captioning, retrieval and entailment; adversarial training; what is refused."""
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -8,13 +9,16 @@ import paddle.nn.functional as F
 import pytest
 import yaml
 
+from unimo2_paddle.checkpoints.pretrained import save_pretrained
 from unimo2_paddle.config import load_run_config
 from unimo2_paddle.data.demo_tasks import captioning, entailment, regions
+from unimo2_paddle.data.formats.bottom_up import BOTTOM_UP
 from unimo2_paddle.data.formats.coco_captions import filelist_paths
+from unimo2_paddle.data.formats.regions import read_regions
 from unimo2_paddle.data.region_import import import_regions
-from unimo2_paddle.data.region_store import RegionStore
 from unimo2_paddle.errors import ConfigError, DataError, UserInputError
 from unimo2_paddle.models.losses import retrieval_circle_loss, smoothed_cross_entropy
+from unimo2_paddle.serving.predictor import Predictor
 from unimo2_paddle.tasks.base import task_class, to_tensors
 from unimo2_paddle.tasks.unimo_retrieval import all_scores
 
@@ -36,7 +40,7 @@ def world(demo_data, tmp_path_factory):
     keep("store", sorted((out / "regions" / "bottom_up").glob("*.tsv")), "bottom_up")
     for own, split in (("train", "train"), ("valid", "val")):
         keep(f"told_{split}", filelist_paths(out / "regions" / "captioning" / f"{own}_filelist"), "captioning")
-    for split in ("train", "dev"):
+    for split in ("train", "dev", "test"):
         keep(f"judged_{split}", filelist_paths(out / "regions" / "entailment" / f"{split}_filelist"), "entailment")
     keep("found", sorted((out / "regions" / "retrieval" / "features").glob("*/part*")), "retrieval")
     return out
@@ -66,7 +70,8 @@ def make(world, demo_data, tmp_path):
     def build(task, **changes):
         values = {"task": task, "model": dict(SMALL), "train": {}, "optim": {"learning_rate": 1e-3},
                   "run": {"output": str(tmp_path / "run"), "progress": False, "log_every": 1}, **copy.deepcopy(base[task])}
-        values["data"].update(vocab=str(demo_data / "vocab"), regions=str(world / "store"))
+        # the demo's entailment files number their pictures, so their features are those of the entailment records
+        values["data"].update(vocab=str(demo_data / "vocab"), regions=str(world / ("judged_{split}" if task == "entailment" else "store")))
         values["train"].update(batch_size=4, max_steps=2)
         for path, value in changes.items():
             *groups, key = path.split("__")
@@ -102,7 +107,7 @@ def lively(model):
 
 
 @pytest.mark.parametrize("task", ["captioning", "retrieval", "entailment"])
-def test_a_task_trains_and_is_judged_through_the_commands(make, unimo2, tmp_path, task):
+def test_a_task_trains_judges_and_predicts_through_the_commands(make, unimo2, world, tmp_path, task):
     config = make(task)
     trained = unimo2("train", "-c", config)
     assert trained.status == 0, trained.err
@@ -110,6 +115,10 @@ def test_a_task_trains_and_is_judged_through_the_commands(make, unimo2, tmp_path
     assert json.loads((best / "config.json").read_text())["vocab_size"] == 512
     judged = unimo2("eval", "-c", config, "-o", f"model.init={best}", "-o", "eval.split=test", "-o", f"run.output={tmp_path / 'judged'}")
     assert judged.status == 0, judged.err
+    predicted = unimo2("predict", "--model", best, "--regions", world / "store", "--image", "test00000",
+                       "--text", {"captioning": "red square", "retrieval": "A red square.", "entailment": "There is a red square."}[task])
+    assert predicted.status == 0, predicted.err
+    assert set(json.loads(predicted.out)) >= {{"captioning": "caption", "retrieval": "score", "entailment": "label"}[task]}
     assert {"captioning": "cider", "retrieval": "matching", "entailment": "accuracy"}[task] in judged.out
     page = next((tmp_path / "judged" / "predictions").glob("*.html")).read_text()
     assert "<img" not in page or task == "retrieval"  # there are no picture files
@@ -275,5 +284,34 @@ def test_a_model_of_unimo_2_is_not_read_as_one_of_unimo(make, demo_data):
         task_of(make("retrieval", model={"config": "unimo2_demo"}))
 
 
-def test_the_store_holds_what_the_tests_think(world):
-    assert RegionStore(world / "store").feature_size == 64
+@pytest.fixture
+def predictor(make, world, tmp_path):
+    """A predictor of an untrained captioner without tags that decodes short texts."""
+    task = task_of(make("captioning", data__objects=""))
+    save_pretrained(task.build_model(), str(tmp_path / "model"))
+    task.save_assets(str(tmp_path / "model"))
+    return lambda **more: Predictor(str(tmp_path / "model"), **more)
+
+
+def test_a_prediction_takes_a_name_in_the_store_regions_or_a_record(predictor, world):
+    found = predictor(regions=world / "store")
+    regions = found.kind.regions.store["dev00001"]
+    place, record = next(read_regions(world / "regions" / "bottom_up" / "dev.tsv", BOTTOM_UP))
+    assert found(image="dev00001") == found(image=regions)
+    assert found(image=record).caption == found(image=record.image_id).caption
+    assert predictor()(image=regions) == found(image=regions)
+
+
+def test_what_a_prediction_cannot_read_is_said(predictor, world, tmp_path):
+    found = predictor(regions=world / "store")
+    with pytest.raises(DataError, match="has no regions of picture 'nobody'"):
+        found(image="nobody")
+    with pytest.raises(UserInputError, match="request 1: a model of UNIMO reads region features: name their store"):
+        predictor()(image="dev00001")
+    with pytest.raises(UserInputError, match="must be the name of a picture in the store"):
+        found(image=b"bytes")
+    regions = found.kind.regions.store["dev00001"]
+    with pytest.raises(UserInputError, match=r"features are \[\d+, 3\], the model needs at least one region of 64"):
+        found(image=dataclasses.replace(regions, features=regions.features[:, :3]))
+    with pytest.raises(UserInputError, match=r"features are \[0, 64\]"):
+        found(image=dataclasses.replace(regions, features=regions.features[:0]))

@@ -134,7 +134,7 @@ def adversarial_loss(model, forward, loss, masks, widths, settings, noise=None, 
     Returns:
         :class:`AdversarialLoss` with the terms clean, text, image (cross entropies) and divergence, as they enter the sum.
     """
-    count, sides = settings.adv_step, settings.sides
+    count, sides, with_clean = settings.adv_step, settings.sides, settings.with_pure_model
     textbook = settings.form == "textbook"
     deltas = {side: initial_perturbation(masks[side], widths[side], settings, (noise or {}).get(side)) for side in sides}
     norm_scales = [p for p in model.parameters() if p.name.endswith("layer_norm_scale") and not p.stop_gradient]
@@ -146,7 +146,7 @@ def adversarial_loss(model, forward, loss, masks, widths, settings, noise=None, 
 
     for iteration in range(count):
         step = {}
-        if settings.with_pure_model:
+        if with_clean:
             clean = forward()
             result.logits = clean if iteration == 0 else result.logits
             add("clean", loss(clean) / count)
@@ -156,7 +156,7 @@ def adversarial_loss(model, forward, loss, masks, widths, settings, noise=None, 
             logits = forward(**{f"{side}_delta": delta})
             climbed = own = loss(logits) / count
             add(side, own)
-            if settings.with_pure_model:
+            if with_clean:
                 divergence = divergence_weight * symmetric_divergence(clean, logits)
                 add("divergence", divergence)
                 climbed = own + divergence if textbook else own

@@ -9,7 +9,8 @@ from unimo2_paddle.errors import DataError, UserInputError
 def add_arguments(parser):
     """The command's arguments."""
     parser.add_argument("--model", required=True, metavar="DIR", help="best/ of a finetuning run, or a pre-trained model for pairs")
-    parser.add_argument("--image", metavar="FILE", help="picture")
+    parser.add_argument("--image", metavar="FILE", help="picture; for a model of UNIMO its name in the store of --regions")
+    parser.add_argument("--regions", metavar="DIR", help="store of region features (unimo2 features import), for models of UNIMO")
     text = parser.add_mutually_exclusive_group()
     for name, told in (("text", "sentence (of a pair: the first), hypothesis, or object tags"), ("question", "question about the picture")):
         text.add_argument(f"--{name}", metavar="TEXT", help=told)
@@ -36,7 +37,7 @@ def predict(args):
     _check(args)
     from unimo2_paddle.serving.predictor import Predictor
 
-    predictor = Predictor(args.model, args.top)
+    predictor = Predictor(args.model, args.top, args.regions)
     if args.caption and predictor.task != "captioning":
         raise UserInputError(f"--caption: {args.model} is a model for {predictor.task}; give the best/ directory of a captioning run")
     if args.build_index:

@@ -129,6 +129,8 @@ def require_retrieval(predictor):
     """Raise ``UserInputError`` unless the predictor scores pairs."""
     if predictor.task != "retrieval":
         raise UserInputError(f"{predictor.directory} is a model for {predictor.task}; an index needs a retrieval or pre-trained model")
+    if predictor.kind.reads_regions:
+        raise UserInputError(f"{predictor.directory} is a model of UNIMO, which scores pairs only as a whole; an index needs one of UNIMO-2")
 
 
 def collect_items(source):

@@ -1,20 +1,24 @@
 """Predictions from a checkpoint directory alone: what ``best/`` of a finetuning run holds is enough."""
 import hashlib
 import os
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 import paddle
 
 from unimo2_paddle.data.collate import FIRST_POSITION, text_arrays, with_special_tokens
+from unimo2_paddle.data.formats.regions import RegionRecord
 from unimo2_paddle.data.formats.seq2seq import SEPARATOR
 from unimo2_paddle.data.images import decode_image, resize_image
 from unimo2_paddle.data.prompts import read_templates
+from unimo2_paddle.data.region_store import Regions
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import CheckpointError, ImageError, UserInputError
-from unimo2_paddle.models.generation import Decoding, generate
+from unimo2_paddle.models.configuration import UnimoConfig
+from unimo2_paddle.models.generation import Decoding
 from unimo2_paddle.serving.results import Answered, Captioned, Classified, Matched, Scored, Written
-from unimo2_paddle.tasks.base import ModelSection, build_backbone, build_unimo2, check_vocabulary, normalise_tensor, to_tensors
+from unimo2_paddle.tasks.base import ModelSection, build_backbone, check_vocabulary, to_tensors
+from unimo2_paddle.tasks.captioners import captioner_of
 from unimo2_paddle.tasks.classification import build_classifier, classifier_logits
 from unimo2_paddle.tasks.finetune import TASK_FILE, read_task_file, softmax
 from unimo2_paddle.tasks.glue import encode_text
@@ -22,6 +26,8 @@ from unimo2_paddle.tasks.imagenet import centre_crop
 from unimo2_paddle.tasks.retrieval_scoring import contrastive_scores, encode_captions, encode_pictures, matching_logits
 from unimo2_paddle.tasks.seq2seq import hypothesis_text, write_texts
 from unimo2_paddle.tasks.seq2seq_data import encode_parts, max_turns, pack_dialog, pack_source, source_arrays
+from unimo2_paddle.tasks.unimo_inputs import MAX_REGIONS, RegionPictures, image_arrays
+from unimo2_paddle.tasks.unimo_retrieval import pair_scores
 from unimo2_paddle.tasks.zeroshot import encode_classes
 
 FIELDS = ("image", "text", "text_b")
@@ -29,9 +35,9 @@ ALIASES = {"question": "text", "hypothesis": "text", "sentence": "text", "text_a
 
 
 class Request(NamedTuple):
-    """One checked input: a uint8 picture ``[S, S, 3]`` and texts, where given."""
+    """One checked input: a uint8 picture ``[S, S, 3]`` (UNIMO: ``Regions``) and texts, where given."""
 
-    image: Optional[np.ndarray]
+    image: Union[np.ndarray, Regions, None]
     text: Optional[str]
     text_b: Optional[str]
 
@@ -42,16 +48,19 @@ class Predictor:
     Args:
         directory: ``best/`` of a finetuning run (any task), or a pre-trained model with its vocabulary, which scores pairs.
         top: how many classes or answers a result names.
+        regions: for models of UNIMO, a store of region features in which pictures are looked up by name.
 
     Raises:
         CheckpointError: the directory is no such checkpoint, or is damaged.
+        DataError: there is no such store, or its features have another width than the model reads.
 
-    A predictor is called with an image (file, bytes of a file, or uint8 array ``[H, W, 3]`` RGB) and texts, as its task needs::
+    A predictor is called with an image (file, bytes of a file, or uint8 array ``[H, W, 3]`` RGB; for a model of UNIMO a picture's name in the
+    store, or its ``Regions`` or ``RegionRecord``) and texts, as its task needs::
 
         Predictor("output/vqa/best")(image="a.jpg", question="What is on the table?").answer
     """
 
-    def __init__(self, directory, top=5):
+    def __init__(self, directory, top=5, regions=None):
         self.directory = os.fspath(directory)
         if not os.path.isdir(self.directory):
             raise CheckpointError(f"{self.directory} is not a directory; give the best/ directory of a finetuning run")
@@ -66,6 +75,10 @@ class Predictor:
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{os.path.join(self.directory, TASK_FILE)}: not as this version writes it ({type(error).__name__}: {error}); "
                                   "finetune again, or use the version that wrote it") from None
+        if regions is not None:
+            if not self.kind.reads_regions:
+                raise UserInputError(f"{self.directory}: this {self.task} model reads no region features; leave regions out")
+            self.kind.regions = RegionPictures(os.fspath(regions), self.kind.config, self.kind.max_regions)
 
     @property
     def needs(self):
@@ -116,8 +129,8 @@ class Predictor:
             UserInputError: not a model for pairs, or no two different classes; ImageError: a picture cannot be read.
         """
         classes = list(classes)
-        if self.task != "retrieval":
-            raise UserInputError(f"{self.directory} is a model for {self.task}; zero-shot classes need a pre-trained model or one for retrieval")
+        if self.task != "retrieval" or self.kind.reads_regions:
+            raise UserInputError(f"{self.directory} is a model {'of UNIMO ' * self.kind.reads_regions}for {self.task}; zero-shot classes need a pre-trained model or one for retrieval")
         if len(set(classes)) < 2 or len(set(classes)) < len(classes) or not all(isinstance(name, str) and name.strip() for name in classes):
             raise UserInputError("classes: give at least two different, non-empty names")
         if isinstance(templates, str):
@@ -152,7 +165,7 @@ class Predictor:
             if values.get(field) is not None and not isinstance(values[field], str):
                 raise UserInputError(f"{where}{field} must be a text, is {type(values[field]).__name__}")
         if values.get("image") is not None:
-            values["image"] = self.kind.picture(read_picture(values["image"], where))
+            values["image"] = self.kind.read_picture(values["image"], where)
         return Request(*(values.get(field) for field in FIELDS))
 
 
@@ -189,6 +202,7 @@ class _Kind:
             vocab = os.path.join(directory, "vocab")
             self.tokenizer = Tokenizer.from_directory(vocab)
             check_vocabulary(self.tokenizer, self.config, vocab)
+        self.regions, self.max_regions = None, int(about.get("max_regions", MAX_REGIONS))
         self.max_text_len = int(about.get("max_text_len", self.config.text_max_position_embeddings - FIRST_POSITION))
         self.build()
 
@@ -203,6 +217,34 @@ class _Kind:
         """Results of a list of :class:`Request`, under ``no_grad``."""
         raise NotImplementedError
 
+    @property
+    def reads_regions(self):
+        """Whether pictures are a detector's regions (UNIMO), not pixels."""
+        return isinstance(self.config, UnimoConfig) and self.takes("image")
+
+    def read_picture(self, image, where):
+        """A picture as the model reads it; messages begin with ``where``."""
+        return self.find_regions(image, where) if self.reads_regions else self.picture(read_picture(image, where))
+
+    def find_regions(self, image, where):
+        """The ``Regions`` of a picture from its name in the store, or from a record.
+
+        Raises:
+            UserInputError: neither of these, or features of another width; DataError: the store has no such picture.
+        """
+        if isinstance(image, (str, int)) and not isinstance(image, bool):
+            if self.regions is None:
+                raise UserInputError(f"{where}a model of UNIMO reads region features: name their store (Predictor(..., regions=DIR), predict "
+                                     "--regions DIR), or give the picture's Regions")
+            return self.regions.get(str(image))
+        if not isinstance(image, (Regions, RegionRecord)):
+            raise UserInputError(f"{where}image must be the name of a picture in the store of region features, Regions or a RegionRecord, is "
+                                 f"{type(image).__name__}")
+        width = self.config.image_embedding_size
+        if not len(image.features) or image.features.shape[1] != width:
+            raise UserInputError(f"{where}features are {list(image.features.shape)}, the model needs at least one region of {width}")
+        return Regions(getattr(image, "key", "") or image.image_id, image.width, image.height, image.features, image.boxes)
+
     def picture(self, image):
         """A decoded picture at the model's size."""
         return resize_image(image, self.config.image_size)
@@ -216,7 +258,7 @@ class _Kind:
         """The arrays of a batch: pictures and texts as the task has them."""
         arrays = self.text_batch(requests) if self.takes("text") else {}
         if self.takes("image"):
-            arrays["image"] = np.stack([request.image for request in requests])
+            arrays.update(image_arrays([request.image for request in requests], self.max_regions or None))
         return to_tensors(arrays)
 
 
@@ -306,15 +348,15 @@ class _Caption(_Kind):
         self.decoding = Decoding(**self.about["decoding"])
         # a captioner of the authors lacks the contrastive temperature, and captions do not need it
         self.section.allow_missing = ["cmcl_temperature"]
-        self.model = build_unimo2(self.section, 0, self.config, heads=("masked_lm",))
+        self.model, self.captioner = build_backbone(self.section, 0, self.config, heads=("masked_lm",)), captioner_of(self.config)
         self.model.eval()
         self.word_starts = self.tokenizer.word_start_table() if self.decoding.block_trigrams else None
 
     def predict(self, requests):
         batch = self.batch(requests)
-        tags = (batch["input_ids"], batch["position_ids"], batch["text_mask"]) if self.takes("text") else None
-        found = generate(self.model, normalise_tensor(batch["image"]), self.tokenizer.cls_id, self.tokenizer.sep_id, self.decoding, tags,
-                         self.word_starts)
+        if self.takes("text"):
+            batch.update(tag_ids=batch.pop("input_ids"), tag_positions=batch.pop("position_ids"), tag_mask=batch.pop("text_mask"))
+        found = self.captioner.generate(self.model, batch, self.tokenizer, self.decoding, self.word_starts)
         results = []
         for hypotheses in found:
             texts = [self.tokenizer.decode(hypothesis.ids).strip() for hypothesis in hypotheses]
@@ -358,7 +400,7 @@ class _Retrieval(_Kind):
     needs = ("image", "text")
 
     def build(self):
-        self.model, self._fingerprint = build_unimo2(self.section, 0, self.config, heads=("pooling", "matching")), None
+        self.model, self._fingerprint = build_backbone(self.section, 0, self.config, heads=("pooling", "matching")), None
         self.model.eval()
 
     def fingerprint(self):
@@ -372,6 +414,9 @@ class _Retrieval(_Kind):
 
     def predict(self, requests):
         batch = self.batch(requests)
+        if self.reads_regions:
+            rows = np.arange(len(requests))
+            return [Matched(float(score)) for score in pair_scores(self.model, batch, rows, batch, rows).numpy()]
         return self.match(encode_pictures(self.model, batch["image"]),
                           encode_captions(self.model, batch["input_ids"], batch["position_ids"], batch["text_mask"]))
 

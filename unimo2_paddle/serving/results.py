@@ -1,6 +1,6 @@
 """What a prediction returns: one small type per kind of task, each with ``to_json()``."""
 from dataclasses import asdict, dataclass
-from typing import Dict, List
+from typing import Dict, List, Optional
 
 
 class _Result:
@@ -55,11 +55,11 @@ class Written(_Result):
 @dataclass(frozen=True)
 class Matched(_Result):
     """How well a picture and a sentence fit: ``score`` ranks (matching logit + weighted contrastive score), ``probability`` is that of
-    the matching head, ``contrastive`` the product of the two features."""
+    the matching head, ``contrastive`` the product of the two features. UNIMO has one score, which is no probability, and nothing else."""
 
     score: float
-    probability: float
-    contrastive: float
+    probability: Optional[float] = None
+    contrastive: Optional[float] = None
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from unimo2_paddle.tasks.captioning_data import CaptionDataset, CaptioningData, 
 from unimo2_paddle.tasks.finetune import FinetuneEval, FinetuneTask, FinetuneTrain, batches_of
 from unimo2_paddle.tasks.reporting import right_and_wrong, write_html_report, write_json, write_predictions
 from unimo2_paddle.tasks.retrieval_scoring import evaluation_mode
-from unimo2_paddle.tasks.unimo_inputs import mismatch, open_regions
+from unimo2_paddle.tasks.unimo_inputs import mismatch, open_regions, stored_limit
 from unimo2_paddle.tasks.work import caption_work
 
 _END = "[end]"  # counts as a word in rewards: else nothing rewards a caption for ending where it should
@@ -132,7 +132,8 @@ class CaptioningTask(FinetuneTask):
         return caption_work(self.model_config, batch)
 
     def description(self):
-        return {"decoding": dataclasses.asdict(self.config.eval.decoding), "object_tags": bool(self.config.data.objects)}
+        return {"decoding": dataclasses.asdict(self.config.eval.decoding), "object_tags": bool(self.config.data.objects),
+                **stored_limit(self.config.data)}
 
     def loss(self, model, batch):
         """Label-smoothed cross entropy per caption token, over perturbed inputs where the group ``adversarial`` asks for it, or with ``scst``

@@ -11,7 +11,7 @@ from unimo2_paddle.data.formats.pictures import require_pictures
 from unimo2_paddle.data.images import Augmentation, augment_image, decode_image, resize_image
 from unimo2_paddle.data.region_store import RegionStore
 from unimo2_paddle.errors import DataError
-from unimo2_paddle.tasks.unimo_inputs import image_arrays, region_problems
+from unimo2_paddle.tasks.unimo_inputs import MAX_REGIONS, image_arrays, region_problems
 
 FORMATS = ("karpathy", "coco", "filelist", "store")
 
@@ -42,7 +42,7 @@ class CaptioningData:
     augmentation: Augmentation = field(default_factory=Augmentation)
     num_workers: int = 0
     regions: str = ""
-    max_regions: int = 101
+    max_regions: int = MAX_REGIONS
 
     def problems(self):
         found = [f"{key}: is empty; give a path" for key in ("vocab", *["annotations"] * (self.format != "store")) if not getattr(self, key)]

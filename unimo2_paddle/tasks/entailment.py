@@ -14,6 +14,7 @@ from unimo2_paddle.tasks.adversarial import adversarial_problems, adversarial_te
 from unimo2_paddle.tasks.classification import ClassificationEvaluator, classifier_inputs, classifier_logits
 from unimo2_paddle.tasks.finetune import FinetuneEval, FinetuneTrain, softmax
 from unimo2_paddle.tasks.pairs import PairData, PairTask
+from unimo2_paddle.tasks.unimo_inputs import stored_limit
 
 
 @dataclass
@@ -64,7 +65,7 @@ class EntailmentTask(PairTask):
 
     def description(self):
         return {"labels": list(LABELS), "max_text_len": self.config.data.max_text_len,
-                "layout": self.config.head.layout, "contrastive": self.config.head.contrastive}
+                "layout": self.config.head.layout, "contrastive": self.config.head.contrastive, **stored_limit(self.config.data)}
 
     def records(self, split):
         """Hypotheses of a split."""

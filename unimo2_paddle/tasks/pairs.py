@@ -9,7 +9,7 @@ from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.tasks.base import check_vocabulary
 from unimo2_paddle.tasks.classification import ClassificationTask, build_classifier
-from unimo2_paddle.tasks.unimo_inputs import image_arrays, known_system, mismatch, open_regions, region_problems
+from unimo2_paddle.tasks.unimo_inputs import MAX_REGIONS, image_arrays, known_system, mismatch, open_regions, region_problems
 
 PICTURE_CACHE = 1 << 30  # bytes of resized pictures kept in memory; those used least recently go first
 
@@ -32,7 +32,7 @@ class PairData:
     num_workers: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
     regions: str = ""
-    max_regions: int = 101
+    max_regions: int = MAX_REGIONS
 
     def problems(self):
         found = ([] if self.vocab else ["vocab: is empty; give a path"]) + region_problems(self)

@@ -19,7 +19,7 @@ from unimo2_paddle.tasks.finetune import FinetuneTask
 from unimo2_paddle.tasks.retrieval_report import write_retrieval_report
 from unimo2_paddle.tasks.retrieval_scoring import encode_images, encode_texts, evaluation_mode, score_matrix, shortlist_scores
 from unimo2_paddle.tasks.retrieval_training import CirclePairs, InBatchPairs, RetrievalTrain, circle_terms, collate_pairs, in_batch_terms
-from unimo2_paddle.tasks.unimo_inputs import known_system, mismatch, open_regions, region_problems
+from unimo2_paddle.tasks.unimo_inputs import MAX_REGIONS, known_system, mismatch, open_regions, region_problems, stored_limit
 from unimo2_paddle.tasks.unimo_retrieval import all_scores
 from unimo2_paddle.tasks.work import retrieval_work
 
@@ -49,7 +49,7 @@ class RetrievalData:
     restval: bool = True
     num_workers: int = 0
     regions: str = ""
-    max_regions: int = 101
+    max_regions: int = MAX_REGIONS
 
     def problems(self):
         found = [f"{key}: is empty; give a path" for key in ("annotations", "vocab") if not getattr(self, key)] + region_problems(self)
@@ -401,6 +401,9 @@ class RetrievalTask(FinetuneTask):
         # pre-trained and text models have no matching head, in UNIMO it is the task's own
         patterns = ("match_fc*",) if isinstance(config, UnimoConfig) and self.is_training() else ()
         return build_backbone(section, self.config.run.seed, config, heads=("pooling", "matching"), head_patterns=patterns)
+
+    def description(self):
+        return stored_limit(self.config.data)
 
     def dataset(self, split):
         config, train = self.config, self.config.train

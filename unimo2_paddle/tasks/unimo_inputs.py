@@ -14,6 +14,7 @@ from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.tasks.base import normalise_tensor
 
 REGION_INPUTS = ("image_features", "image_location", "image_mask")
+MAX_REGIONS = 101  # of a picture with the global one, the authors' max_img_len in finetuning
 
 
 class RegionPictures:
@@ -114,3 +115,8 @@ def region_problems(data):
     found = [] if data.images or data.regions else ["images: is empty; give a path (for UNIMO: give regions, a store of region features)"]
     return found + ([f"max_regions: must be at least 2 (the global region and another one) or 0 (all), is {data.max_regions}"]
                     if data.max_regions < 0 or data.max_regions == 1 else [])
+
+
+def stored_limit(data):
+    """What a prediction must know of the group ``data`` to read pictures as in training; nothing for UNIMO-2."""
+    return {"max_regions": data.max_regions} if data.regions else {}
