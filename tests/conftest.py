@@ -88,20 +88,7 @@ def tiny_pretrain(demo_data):
 @pytest.fixture
 def pretrain_config(tiny_pretrain, tmp_path):
     """A function that writes the tiny run with some keys replaced ({"group.key": value}) and returns the file's path."""
-    import yaml
-
-    def write(changes=None, name="run.yaml"):
-        values = tiny_pretrain(tmp_path / "run")
-        for path, value in (changes or {}).items():
-            *groups, key = path.split(".")
-            target = values
-            for group in groups:
-                target = target.setdefault(group, {})
-            target[key] = value
-        (tmp_path / name).write_text(yaml.safe_dump(values), encoding="utf-8")
-        return str(tmp_path / name)
-
-    return write
+    return lambda changes=None, name="run.yaml": _written(tiny_pretrain(tmp_path / "run"), changes, tmp_path / name)
 
 
 @dataclass
@@ -132,3 +119,69 @@ def tiny_config():
     from unimo2_paddle.tasks.base import ModelSection
 
     return ModelSection(TINY_MODEL["config"], overrides={key: value for key, value in TINY_MODEL.items() if key != "config"}).model_config()
+
+
+# A UNIMO of a few thousand weights for the demo's region features.
+TINY_UNIMO = {"config": "unimo_demo", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture(scope="session")
+def unimo_corpora(demo_data, tmp_path_factory):
+    """The demo's regions as stores ``train``, ``dev``, ``test``, and ``augmentations`` of its 24 pairs; not to be changed."""
+    from unimo2_paddle.cli import main
+    from unimo2_paddle.data.demo_tasks import regions, rewrites
+    from unimo2_paddle.data.region_import import import_regions
+
+    out = tmp_path_factory.mktemp("unimo")
+    regions.write(str(out / "regions"), str(demo_data), 1)
+    rewrites.write(str(out / "rewrites"), str(demo_data), 1)
+    for split in ("train", "dev", "test"):
+        import_regions([str(out / "regions" / "bottom_up" / f"{split}.tsv")], str(out / split), "bottom_up", show_progress=False)
+    pairs, index, made = str(demo_data / "pairs" / "*.tar"), str(out / "index"), str(out / "augmentations")
+    for arguments in (["index", "--source", pairs, "--synonyms", str(out / "rewrites" / "synonyms.txt"), "--out", index],
+                      ["rewrite", "--source", pairs, "--index", index, "--paraphrases", str(out / "rewrites" / "paraphrases.jsonl"), "--out", made],
+                      ["index", "--source", str(demo_data / "texts" / "*.tar"), "--out", str(out / "texts")],
+                      ["retrieve", "--source", pairs, "--index", str(out / "texts"), "--top", "3", "--out", made]):
+        assert main(["augment", *arguments]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_unimo_pretrain(demo_data, unimo_corpora):
+    """A function: output directory -> UNIMO's tiny pre-training over all three corpora, as nested plain Python."""
+
+    def values(output):
+        return {
+            "task": "unimo_pretrain",
+            "model": dict(TINY_UNIMO),
+            "data": {"vocab": str(demo_data / "vocab"), "max_text_len": 40,
+                     "pairs": [{"regions": str(unimo_corpora / "train"), "captions": str(demo_data / "pairs" / "*.tar"),
+                                "augmentations": str(unimo_corpora / "augmentations")}],
+                     "images": [{"regions": str(unimo_corpora / "train")}], "texts": [{"shards": str(demo_data / "texts" / "*.tar")}]},
+            "mixture": {"weights": {"pairs": 0.5, "images": 0.25, "texts": 0.25}, "global_batch": {"pairs": 8, "images": 4, "texts": 8}},
+            "train": {"steps": 6, "candidates": {"group": 4, "hard_negatives": 2, "related_images": 0}},
+            "optim": {"learning_rate": 1e-3},
+            "run": {"output": str(output), "progress": False, "log_every": 1},
+        }
+
+    return values
+
+
+@pytest.fixture
+def unimo_pretrain_config(tiny_unimo_pretrain, tmp_path):
+    """As ``pretrain_config``, of UNIMO's tiny run."""
+    return lambda changes=None, name="run.yaml": _written(tiny_unimo_pretrain(tmp_path / "run"), changes, tmp_path / name)
+
+
+def _written(values, changes, path):
+    """Write nested values with some keys replaced ({"group.key": value}); returns the file's path."""
+    import yaml
+
+    for place, value in (changes or {}).items():
+        *groups, key = place.split(".")
+        target = values
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[key] = value
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return str(path)

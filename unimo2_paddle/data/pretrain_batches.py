@@ -59,18 +59,25 @@ class PretrainData:
                     for key, low in (("max_text_len", 3), ("shuffle_window", 1), ("num_workers", 0)) if getattr(self, key) < low]
         if not 0 <= self.max_bad_ratio <= 1:
             problems.append(f"max_bad_ratio: must be between 0 and 1, is {self.max_bad_ratio}")
-        for corpus in CORPORA:
-            for number, source in enumerate(getattr(self, corpus)):
-                shards = [source.shards] if isinstance(source.shards, str) else source.shards
-                pipes = [shard for shard in shards if is_remote(shard)]
-                if pipes and not self.allow_pipe:
-                    problems.append(f"{corpus}[{number}].shards: {pipes[0]!r} runs a shell command, which is off by default; set "
-                                    "data.allow_pipe: true if you trust this configuration")
-                elif pipes and not self.shard_cache:
-                    problems.append(f"shard_cache: is required because {corpus}[{number}].shards are fetched by commands")
+        problems += shard_problems(self, CORPORA)
         if self.shard_cache_gb <= 0:
             problems.append(f"shard_cache_gb: must be above 0, is {self.shard_cache_gb}")
         return problems
+
+
+def shard_problems(data, corpora):
+    """Problems of a data group with the shards of these corpora that commands fetch."""
+    problems = []
+    for corpus in corpora:
+        for number, source in enumerate(getattr(data, corpus)):
+            shards = [source.shards] if isinstance(source.shards, str) else source.shards
+            pipes = [shard for shard in shards if is_remote(shard)]
+            if pipes and not data.allow_pipe:
+                problems.append(f"{corpus}[{number}].shards: {pipes[0]!r} runs a shell command, which is off by default; set "
+                                "data.allow_pipe: true if you trust this configuration")
+            elif pipes and not data.shard_cache:
+                problems.append(f"shard_cache: is required because {corpus}[{number}].shards are fetched by commands")
+    return problems
 
 
 def open_sources(data, corpora, seed, bad_records, list_bad=True, turn=(0, 1)):

@@ -89,7 +89,7 @@ class RegionStore:
 
     def __iter__(self):
         """The names of the pictures in the order of the sources."""
-        return (self._key(number) for number in range(len(self)))
+        return (self.key(number) for number in range(len(self)))
 
     def __getitem__(self, key):
         """The ``Regions`` of a picture; features are float32 whatever the store holds.
@@ -99,7 +99,7 @@ class RegionStore:
         """
         number = self._find(key)
         if number is None:
-            raise DataError(f"{self.directory}: has no regions of picture {key!r}; it holds {len(self)} pictures, the first is {self._key(0)!r}")
+            raise DataError(f"{self.directory}: has no regions of picture {key!r}; it holds {len(self)} pictures, the first is {self.key(0)!r}")
         columns = self._open()
         first, count, width, height = (int(value) for value in columns["pictures"][number])
         found = {name: columns[name].rows(first, first + count) for name in ("features", "boxes", *LABELS) if name in columns}
@@ -145,7 +145,8 @@ class RegionStore:
             self._columns = open_columns(self.directory, self.manifest)
         return self._columns
 
-    def _key(self, number):
+    def key(self, number):
+        """The name of picture ``number`` in the order of the sources."""
         columns = self._open()
         start = int(columns["key_ends"][number - 1]) if number else 0
         return bytes(columns["keys"][start:int(columns["key_ends"][number])]).decode("utf-8")
@@ -155,7 +156,7 @@ class RegionStore:
         place = int(np.searchsorted(columns["hashes"], wanted))
         while place < len(self) and columns["hashes"][place] == wanted:
             number = int(columns["order"][place])
-            if self._key(number) == str(key):
+            if self.key(number) == str(key):
                 return number
             place += 1
         return None

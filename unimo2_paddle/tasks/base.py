@@ -15,6 +15,7 @@ from unimo2_paddle.training.optim import OptimConfig
 
 TASKS = {
     "pretrain": "unimo2_paddle.tasks.pretrain:PretrainTask",
+    "unimo_pretrain": "unimo2_paddle.tasks.unimo_pretrain:UnimoPretrainTask",
     "retrieval": "unimo2_paddle.tasks.retrieval:RetrievalTask",
     "vqa": "unimo2_paddle.tasks.vqa:VqaTask",
     "entailment": "unimo2_paddle.tasks.entailment:EntailmentTask",

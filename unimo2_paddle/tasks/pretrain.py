@@ -20,7 +20,8 @@ from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalEval, evaluati
 from unimo2_paddle.tasks.work import pretraining_work
 
 
-def _negative_weights(group):
+def negative_weights(group):
+    """Problems of a group of weights."""
     return [f"{name}: a weight must not be negative, is {value}" for name, value in vars(group).items() if value < 0]
 
 
@@ -36,7 +37,7 @@ class PairObjectives:
     masked_grounding: float = 0.0  # masked grounded tokens (needs model.with_grounding_mask)
 
     def problems(self):
-        return _negative_weights(self)
+        return negative_weights(self)
 
 
 @dataclass
@@ -48,7 +49,7 @@ class ImageObjectives:
     masked_grounding: float = 0.0
 
     def problems(self):
-        return _negative_weights(self)
+        return negative_weights(self)
 
 
 @dataclass
@@ -60,7 +61,12 @@ class TextObjectives:
     seq2seq: float = 0.0           # sequence-to-sequence fragments in every second text step (drawn), in all when masked_lm is 0
 
     def problems(self):
-        return _negative_weights(self)
+        return negative_weights(self)
+
+
+def fragment_share(texts):
+    """The share of the text steps that are sequence-to-sequence fragments, from the weights of the objectives on texts."""
+    return 0.0 if texts.seq2seq == 0 else 0.5 if texts.masked_lm > 0 else 1.0
 
 
 @dataclass
@@ -78,6 +84,23 @@ class Mixture:
         problems += [f"global_batch.{name}: is required because weights.{name} is above 0"
                      for name, w in self.weights.items() if w > 0 and self.global_batch.get(name, 0) < 1]
         return problems
+
+
+def mixture_problems(config):
+    """Problems between the corpora, their batches and the objectives that need several samples, of both systems' pre-training."""
+    problems, train, mixture = [], config.train, config.mixture
+    for corpus in CORPORA:
+        if mixture.weights.get(corpus, 0) > 0 and not getattr(config.data, corpus):
+            problems.append(f"data.{corpus}: mixture.weights.{corpus} is above 0 but no shards are given")
+    contrastive = {"pairs": train.pairs.contrastive, "images": getattr(train.images, "visual_contrastive", 0)}
+    for corpus, weight in contrastive.items():
+        size = mixture.global_batch.get(corpus, 0) // train.accumulate
+        if weight > 0 and mixture.weights.get(corpus, 0) > 0 and size < 2:
+            problems.append(f"mixture.global_batch.{corpus}: contrastive learning needs at least 2 samples per micro-batch, has {size}")
+    for corpus, size in mixture.global_batch.items():
+        if size % train.accumulate:
+            problems.append(f"mixture.global_batch.{corpus}: {size} is not a multiple of train.accumulate {train.accumulate}")
+    return problems
 
 
 @dataclass
@@ -140,19 +163,8 @@ class PretrainTask(Task):
 
     @classmethod
     def check(cls, config):
-        problems = []
+        problems = mixture_problems(config)
         train, mixture = config.train, config.mixture
-        for corpus in CORPORA:
-            if mixture.weights.get(corpus, 0) > 0 and not getattr(config.data, corpus):
-                problems.append(f"data.{corpus}: mixture.weights.{corpus} is above 0 but no shards are given")
-        contrastive = {"pairs": train.pairs.contrastive, "images": train.images.visual_contrastive}
-        for corpus, weight in contrastive.items():
-            size = mixture.global_batch.get(corpus, 0) // train.accumulate
-            if weight > 0 and mixture.weights.get(corpus, 0) > 0 and size < 2:
-                problems.append(f"mixture.global_batch.{corpus}: contrastive learning needs at least 2 samples per micro-batch, has {size}")
-        for corpus, size in mixture.global_batch.items():
-            if size % train.accumulate:
-                problems.append(f"mixture.global_batch.{corpus}: {size} is not a multiple of train.accumulate {train.accumulate}")
         if mixture.weights.get("pairs", 0) > 0 and (train.pairs.matching > 0 or train.fused_per_group):
             size = mixture.global_batch.get("pairs", 0) // train.accumulate
             if size % train.matching_group:
@@ -195,21 +207,35 @@ class PretrainTask(Task):
     def train_batches(self, shard, state=None):
         config, train, mixture = self.config, self.config.train, self.config.mixture
         for corpus, size in mixture.global_batch.items():
-            unit = train.matching_group if corpus == "pairs" and (train.pairs.matching > 0 or train.fused_per_group) else 1
+            unit = self.group() if corpus == "pairs" else 1
             if mixture.weights.get(corpus, 0) > 0 and (size // train.accumulate) % (unit * shard.world_size):
                 raise ConfigError(f"mixture.global_batch.{corpus}: {size // train.accumulate} samples per micro-batch cannot be shared by "
                                   f"{shard.world_size} workers in groups of {unit}; use a multiple of {unit * shard.world_size}")
-        active = [c for c in CORPORA if mixture.weights.get(c, 0) > 0]
         name = f"bad_records.{shard.rank}.jsonl" if shard.rank else "bad_records.jsonl"
         bad_records = BadRecords(os.path.join(config.run.output, name), config.data.max_bad_ratio)
-        readers, orders = open_sources(config.data, active, config.run.seed, bad_records, list_bad=shard.rank == 0,
-                                       turn=(shard.rank, shard.world_size))
+        readers, orders, lookahead = self.open_sources(bad_records, shard)
         plan = MixturePlan(orders, mixture.weights, mixture.global_batch, config.run.seed, train.accumulate, shard.rank, shard.world_size, state)
-        builder = PretrainBatchBuilder(
+        return Batches(plan, self.batch_builder(readers, bad_records), config.data.num_workers, lookahead)
+
+    def group(self):
+        """How many consecutive pairs belong together, so that no two workers may share them."""
+        train = self.config.train
+        return train.matching_group if train.pairs.matching > 0 or train.fused_per_group else 1
+
+    def open_sources(self, bad_records, shard):
+        """(readers, reading orders, ``Lookahead``) of the corpora in use."""
+        readers, orders = open_sources(self.config.data, self.step_kinds(), self.config.run.seed, bad_records, list_bad=shard.rank == 0,
+                                       turn=(shard.rank, shard.world_size))
+        return readers, orders, lookahead_for(readers, orders)
+
+    def batch_builder(self, readers, bad_records):
+        """The function from a ``Draw`` to a batch."""
+        config, train = self.config, self.config.train
+        masked_grounding = [c for c in ("pairs", "images") if getattr(train, c).masked_grounding > 0]
+        return PretrainBatchBuilder(
             config.data, readers, self.tokenizer, self.model_config, seed=config.run.seed, mask_ratio=train.mask_ratio,
-            group=train.matching_group, fused_per_group=train.fused_per_group or train.matching_group, masked_grounding=[c for c in ("pairs", "images") if getattr(train, c).masked_grounding > 0],
-            seq2seq=0.0 if train.texts.seq2seq == 0 else 0.5 if train.texts.masked_lm > 0 else 1.0, bad_records=bad_records)
-        return Batches(plan, builder, config.data.num_workers, lookahead_for(readers, orders))
+            group=train.matching_group, fused_per_group=train.fused_per_group or train.matching_group, masked_grounding=masked_grounding,
+            seq2seq=fragment_share(train.texts), bad_records=bad_records)
 
     def evaluators(self):
         config = self.config.eval

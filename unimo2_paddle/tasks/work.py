@@ -109,3 +109,28 @@ def _text_flops(config, batch, _):
     texts, length = batch["input_ids"].shape
     return (text_flops(config, texts, length) + fusion_flops(config, texts, False, length)
             + prediction_flops(config, len(batch["labels"]), config.text_vocab_size))
+
+
+def unimo_pretraining_work(config, batch, train):
+    """Tokens (regions and words without padding, each once) and work of a batch of UNIMO's pre-training (``UnimoPretrainTrain``)."""
+    tokens = sum(int(np.asarray(batch[name]).sum()) for name in batch if name.endswith("image_mask"))
+    tokens += sum(int((np.asarray(batch[name]) != PAD_POSITION).sum()) for name in batch if name.endswith("position_ids"))
+    regions, length = (batch[name].shape[1] if name in batch else 0 for name in ("image_mask", "input_ids"))
+    words = prediction_flops(config, len(batch["labels"]), config.vocab_size) if "labels" in batch else 0.0
+    if batch["corpus"] != "pairs":
+        return tokens, TRAINING * (words + unimo_flops(config, len(batch.get("image_mask", batch.get("input_ids"))), regions, length=length))
+    weights, pairs, fused, flops = train.pairs, len(batch["image_mask"]), len(batch["fused"]), 0.0
+    if weights.contrastive:
+        flops += unimo_flops(config, pairs, regions, first_only=True) + unimo_flops(config, pairs, length=length, first_only=True)
+        if "related_text_real" in batch:
+            flops += unimo_flops(config, *batch["related_text_input_ids"].shape[:1], length=batch["related_text_input_ids"].shape[1], first_only=True)
+        if "related_image_real" in batch:
+            flops += unimo_flops(config, *batch["related_image_mask"].shape, first_only=True)
+    if weights.rewriting:
+        flops += unimo_flops(config, len(batch["joint_text"]), regions, length=length, first_only=True)
+    together = unimo_flops(config, fused, regions, length=batch["masked_ids"].shape[1])
+    if weights.masked_lm or weights.region_classes or weights.region_features:
+        flops += together + words * bool(weights.masked_lm)
+    if weights.caption:
+        flops += together + prediction_flops(config, fused * (batch["masked_ids"].shape[1] - 1), config.vocab_size)
+    return tokens, TRAINING * flops
