@@ -30,7 +30,7 @@ class Demo:
 
     ``metric``: of the evaluator named like the split. ``baseline``: a key of that evaluator's ``baselines`` (``EVALUATOR/metric`` = a
     metric of another evaluator, ``zero-shot`` = the same metric of the pre-trained model before training), or a number; of several in a
-    tuple the best counts. ``pretrained``: whether it starts from the demo's pre-trained UNIMO-2.
+    tuple the best counts. ``pretrained``: whether it starts from the demo's pre-trained UNIMO-2. ``stores``: what it reads of ``STORES``.
     ``bar``: ("at least", value), ("points above", value), ("times", factor), ("errors gone", share), or ("at least and above", value).
     """
 
@@ -42,8 +42,13 @@ class Demo:
     train: bool = True
     overrides: tuple = ()
     pretrained: bool = True
+    stores: str = ""
 
 
+STORES = {  # stores of region features: kind -> (store, file or list of files of the demo's data), both below the demo's directory
+    "bottom_up": [(f"unimo/regions/{split}", f"data/regions/bottom_up/{own}.tsv") for split, own in (("train", "train"), ("val", "dev"), ("test", "test"))],
+    "entailment": [(f"unimo/entailment_regions/{split}", f"data/regions/entailment/{split}_filelist") for split in ("train", "dev", "test")],
+}
 RETRIEVAL_TEST = ("eval.max_images=300", "eval.captions_per_image=1", "eval.rerank_k=all")
 DEMOS = (
     Demo("retrieval, text to image", "retrieval/demo_finetune.yaml", "ir_r1", "zero-shot", ("errors gone", 1 / 3), overrides=RETRIEVAL_TEST),
@@ -70,7 +75,16 @@ def _copied(metric):
     return f"first sentence {metric}", f"most frequent target {metric}"
 
 
+def _picture_demo(name, task, metric, baseline, bar, stores="bottom_up", overrides=()):
+    """A demo of UNIMO on detector regions, from scratch."""
+    return Demo(name, f"unimo/{task}/demo.yaml", metric, baseline, bar, pretrained=False, stores=stores, overrides=overrides)
+
+
 UNIMO_DEMOS = (
+    _picture_demo("retrieval, text to image", "retrieval", "ir_r1", 100 / 300, ("times", 10.0), overrides=RETRIEVAL_TEST),
+    _picture_demo("retrieval, image to text", "retrieval", "tr_r1", 100 / 300, ("times", 10.0), overrides=RETRIEVAL_TEST),
+    _picture_demo("captioning", "captioning", "cider", "nearest_neighbour/cider", ("at least and above", 1.0)),
+    _picture_demo("visual entailment", "entailment", "accuracy", 100 / 3, ("at least", 70.0), stores="entailment"),
     _text_demo("sentiment (SST-2's format)", "glue/demo_sst2.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
     _text_demo("inference (MNLI's format)", "glue/demo_mnli.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
     _text_demo("acceptability (CoLA's format)", "glue/demo_cola.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
@@ -156,6 +170,17 @@ def start_of(demo, out):
     return os.path.join(out, "pretrain", "best") if demo.pretrained else None
 
 
+def make_stores(kind, out):
+    """Import the demo's region files of a kind into the stores that are missing."""
+    from unimo2_paddle.data.formats.coco_captions import filelist_paths
+    from unimo2_paddle.data.region_import import import_regions
+
+    for store, source in STORES.get(kind, ()):
+        store, source = os.path.join(out, store), os.path.join(out, source)
+        if not os.path.isdir(store) and os.path.isfile(source):
+            import_regions(filelist_paths(source) if source.endswith("_filelist") else [source], store, kind)
+
+
 class Runner:
     """Runs demos and keeps what came out.
 
@@ -190,6 +215,7 @@ class Runner:
             run["zero_shot"] = dict(judged[0][1])
             self._save()
         if "metrics" not in run:
+            make_stores(demo.stores, self.out)
             started = time.perf_counter()
             if demo.train:
                 self._save()

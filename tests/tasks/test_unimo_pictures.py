@@ -17,6 +17,7 @@ from unimo2_paddle.data.formats.coco_captions import filelist_paths
 from unimo2_paddle.data.formats.regions import read_regions
 from unimo2_paddle.data.region_import import import_regions
 from unimo2_paddle.errors import ConfigError, DataError, UserInputError
+from unimo2_paddle.models.flops import prediction_flops, unimo_flops
 from unimo2_paddle.models.losses import retrieval_circle_loss, smoothed_cross_entropy
 from unimo2_paddle.serving.predictor import Predictor
 from unimo2_paddle.tasks.base import task_class, to_tensors
@@ -315,3 +316,18 @@ def test_what_a_prediction_cannot_read_is_said(predictor, world, tmp_path):
         found(image=dataclasses.replace(regions, features=regions.features[:, :3]))
     with pytest.raises(UserInputError, match=r"features are \[0, 64\]"):
         found(image=dataclasses.replace(regions, features=regions.features[:0]))
+
+
+@pytest.mark.parametrize("task, passes", [("captioning", 1), ("entailment", 1), ("entailment", 6), ("retrieval", 1)])
+def test_the_work_of_a_batch_is_that_of_its_encoder_passes(make, task, passes):
+    changes = {"adversarial": {"adv_type": "villa", "adv_step": 2}} if passes > 1 else {}
+    task = task_of(make(task, **changes))
+    batch, config = batch_of(task), task.config.model.model_config()
+    tokens, flops = task.work(batch)
+    pairs, rows = (batch["pair_image"].size, 2) if "pair_image" in batch else (3, None if "predict_from" in batch else 2)
+    tags = batch["tag_mask"] if "tag_mask" in batch else np.zeros([3, 0])
+    expected = unimo_flops(config, pairs, batch["image_mask"].shape[1], tags.shape[1], batch["input_ids"].shape[1], first_only=rows is not None)
+    if rows is None:
+        expected += prediction_flops(config, len(batch["labels"]), 512)
+    assert flops == pytest.approx(3 * passes * expected)
+    assert tokens == batch["image_mask"].sum() + tags.sum() + (batch["position_ids"] != 1).sum()

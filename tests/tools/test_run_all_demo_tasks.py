@@ -6,6 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.data_pipeline.region_records import record
+from unimo2_paddle.data.formats.bottom_up import BOTTOM_UP
+from unimo2_paddle.data.formats.regions import format_regions
+from unimo2_paddle.data.region_store import RegionStore
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -158,3 +163,14 @@ def test_every_demo_names_a_config_of_ours(tool):
     for demo in tool.FAMILIES["all"]:
         values = yaml.safe_load((ROOT / "run_configs" / demo.config).read_text())
         assert values["run"]["output"].startswith(tool.CONFIG_OUTPUT) and ("train" in values or "optim" in values) == demo.train
+
+
+def test_missing_stores_of_region_features_are_made_from_the_demo_data(tool, tmp_path):
+    files = tmp_path / "data" / "regions" / "bottom_up"
+    files.mkdir(parents=True)
+    for number, split in enumerate(("train", "dev"), 1):
+        (files / f"{split}.tsv").write_text(format_regions(record(number), BOTTOM_UP) + "\n")
+    tool.make_stores("bottom_up", str(tmp_path))
+    tool.make_stores("bottom_up", str(tmp_path))  # what is there is kept
+    found = {split: list(RegionStore(tmp_path / "unimo" / "regions" / split)) for split in ("train", "val")}
+    assert found == {"train": ["1"], "val": ["2"]} and not (tmp_path / "unimo" / "regions" / "test").exists()

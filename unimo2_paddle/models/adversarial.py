@@ -55,6 +55,11 @@ class AdversarialConfig:
         return found
 
     @property
+    def passes(self):
+        """Forward passes of a training step."""
+        return self.adv_step * (len(self.sides) + self.with_pure_model) if self.sides else 1
+
+    @property
     def sides(self):
         """Which inputs are perturbed."""
         return SIDES[self.adv_type]

@@ -129,7 +129,8 @@ class CaptioningTask(FinetuneTask):
         return arrays
 
     def work(self, batch):
-        return caption_work(self.model_config, batch)
+        tokens, flops = caption_work(self.model_config, batch)
+        return tokens, flops * self.config.adversarial.passes
 
     def description(self):
         return {"decoding": dataclasses.asdict(self.config.eval.decoding), "object_tags": bool(self.config.data.objects),

@@ -67,6 +67,10 @@ class EntailmentTask(PairTask):
         return {"labels": list(LABELS), "max_text_len": self.config.data.max_text_len,
                 "layout": self.config.head.layout, "contrastive": self.config.head.contrastive, **stored_limit(self.config.data)}
 
+    def work(self, batch):
+        tokens, flops = super().work(batch)
+        return tokens, flops * self.config.adversarial.passes
+
     def records(self, split):
         """Hypotheses of a split."""
         data = self.config.data

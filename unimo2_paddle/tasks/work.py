@@ -14,18 +14,25 @@ PICTURES = ("image", "first_view", "second_view")
 
 
 def count_tokens(config, batch):
-    """Patches with their [CLS], and words without padding."""
+    """Patches with their [CLS] or regions, and words (object tags too) without padding."""
     words = int((np.asarray(batch["position_ids"]) != PAD_POSITION).sum()) if "position_ids" in batch else 0
     pictures = sum(len(batch[name]) for name in PICTURES if name in batch)
-    return words + (pictures * (1 + patches(config)) if pictures else 0)
+    stored = sum(int(batch[name].sum()) for name in ("image_mask", "tag_mask") if name in batch and isinstance(config, UnimoConfig))
+    return words + stored + (pictures * (1 + patches(config)) if pictures else 0)
+
+
+def _regions(batch):
+    return batch["image_mask"].shape[1] if "image_mask" in batch else 0
 
 
 def classifier_work(config, batch, layout="pair"):
-    """Work of a classifier on a picture, a text or both; (0, 0) of models that are not UNIMO-2 and of stored features."""
+    """Work of a classifier on a picture, a text or both; (0, 0) of other models and of stored features."""
     samples = len(batch.get("image", batch.get("input_ids", ())))
-    if not isinstance(config, Unimo2Config) or not samples:
+    if not isinstance(config, (Unimo2Config, UnimoConfig)) or not samples:
         return 0, 0.0
     length = batch["input_ids"].shape[1] if "input_ids" in batch else 0
+    if isinstance(config, UnimoConfig):
+        return count_tokens(config, batch), TRAINING * unimo_flops(config, samples, _regions(batch), length=length, first_only=True)
     flops = fusion_flops(config, samples, "image" in batch, length, first_only=True, with_loss=False, layout=layout)
     if "image" in batch:
         flops += image_flops(config, samples)
@@ -36,9 +43,13 @@ def classifier_work(config, batch, layout="pair"):
 
 def caption_work(config, batch):
     """Work of cross-entropy captioning."""
-    if not isinstance(config, Unimo2Config) or "predict_from" not in batch:
+    if "predict_from" not in batch:
         return 0, 0.0
     samples, length = batch["input_ids"].shape
+    if isinstance(config, UnimoConfig):
+        tags = batch["tag_mask"].shape[1] if "tag_mask" in batch else 0
+        flops = unimo_flops(config, samples, _regions(batch), tags, length) + prediction_flops(config, len(batch["labels"]), config.vocab_size)
+        return count_tokens(config, batch), TRAINING * flops
     flops = image_flops(config, samples) + text_flops(config, samples, length) + prediction_flops(config, len(batch["labels"]), config.text_vocab_size)
     return count_tokens(config, batch), TRAINING * (flops + fusion_flops(config, samples, True, length, with_loss=False, layout="caption"))
 
@@ -55,9 +66,10 @@ def seq2seq_work(config, batch):
 
 
 def retrieval_work(config, batch, pairs):
-    """Work of retrieval finetuning that encodes every picture and text once and matches ``pairs`` of them."""
-    if not isinstance(config, Unimo2Config):
-        return 0, 0.0
+    """Work of retrieval finetuning that matches ``pairs``; UNIMO-2 encodes every picture and text once, UNIMO every pair."""
+    if isinstance(config, UnimoConfig):
+        flops = unimo_flops(config, pairs, _regions(batch), length=batch["input_ids"].shape[1], first_only=True)
+        return count_tokens(config, batch), TRAINING * flops
     images, (texts, length) = len(batch["image"]), batch["input_ids"].shape
     flops = image_flops(config, images) + text_flops(config, texts, length)
     # every side's codes are scored once, whatever the number of its pairs
