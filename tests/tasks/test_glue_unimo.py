@@ -53,6 +53,8 @@ def test_the_model_is_unimos_text_side_with_the_authors_names(config, dataset, t
     data = task.split("train")
     batch = to_tensors(task.collate([data.sample(i, None) for i in range(4)]))
     task.loss(model, batch)["loss"].backward()
+    tokens, flops = task.work({key: value.numpy() for key, value in batch.items()})
+    assert tokens == int(batch["text_mask"].sum()) and flops > 3 * 4 * 16 * 16 * tokens
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
