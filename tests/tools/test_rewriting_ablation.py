@@ -1,9 +1,15 @@
 """tools/rewriting_ablation.py: both variants cost the same, finished runs are kept, figures are means over seeds."""
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from unimo2_paddle.augment.store import Augmentations
+from unimo2_paddle.data.region_store import RegionStore
 
 ROOT = Path(__file__).resolve().parents[2]
 spec = importlib.util.spec_from_file_location("rewriting_ablation", ROOT / "tools" / "rewriting_ablation.py")
@@ -76,3 +82,17 @@ def test_results_of_other_settings_are_not_mixed(tmp_path, capsys):
     assert "other settings (train)" in capsys.readouterr().err
     (tmp_path / "a" / "results.json").write_text("{")
     assert run(tmp_path / "a", Loop()) == 2
+
+
+@pytest.mark.slow
+def test_the_demo_is_prepared_by_one_command_that_may_be_repeated(tmp_path):
+    """Generated data of the smallest size, the stores of all splits, rewrites and retrieved texts of every pair."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    out = tmp_path / "demo"
+    subprocess.run([sys.executable, "-m", "unimo2_paddle.cli", "demo-data", "--size", "24", "--out", str(out / "data")], check=True, env=environment)
+    for _ in range(2):
+        subprocess.run(["bash", str(ROOT / "tools" / "prepare_unimo_demo.sh"), str(out)], check=True, env=environment)
+    stores = {split: RegionStore(out / "unimo" / "regions" / split) for split in ("train", "val", "test")}
+    assert "pair0000000" in stores["train"] and "dev00000" in stores["val"] and "test00000" in stores["test"]
+    made = Augmentations(out / "unimo" / "augmentations").get("pair0000000")
+    assert made.texts and all(caption.positives and all(caption.negatives.values()) for caption in made.captions)

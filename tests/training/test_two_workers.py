@@ -82,6 +82,15 @@ def test_two_workers_have_the_losses_and_weights_of_one(pair):
     assert_equal_runs(pair.one, pair.two)
 
 
+@pytest.mark.slow
+def test_two_workers_pretrain_unimo_as_one_does(tiny_unimo_pretrain, tmp_path):
+    """Retrieved companions are gathered from all workers; masked words and regions are counted over all."""
+    found = Pair(tmp_path, tiny_unimo_pretrain(tmp_path / "run"), mixture={"weights": {"pairs": 1, "images": 1, "texts": 1}},
+                 train={"pairs": {"caption": 1.0}, "steps": 8})
+    assert {key.split("/")[0] for record in losses(found.one) for key in record if "/" in key} == {"pairs", "images", "texts"}
+    assert_equal_runs(found.one, found.two)
+
+
 def test_only_the_first_worker_writes(pair):
     assert sorted(p.name for p in pair.two.iterdir()) == sorted(p.name for p in pair.one.iterdir())
     log = (pair.two / "train.log").read_text()
