@@ -178,7 +178,9 @@ def make_stores(kind, out):
     for store, source in STORES.get(kind, ()):
         store, source = os.path.join(out, store), os.path.join(out, source)
         if not os.path.isdir(store) and os.path.isfile(source):
-            import_regions(filelist_paths(source) if source.endswith("_filelist") else [source], store, kind)
+            # the public files have numbers for what the detector saw; the records of the tasks are read without
+            names = {f"{what}_names": os.path.join(out, "data", "regions", f"{what}s_vocab.txt") for what in ("object", "attribute")}
+            import_regions(filelist_paths(source) if source.endswith("_filelist") else [source], store, kind, **names)
 
 
 class Runner:

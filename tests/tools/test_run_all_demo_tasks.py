@@ -168,6 +168,8 @@ def test_every_demo_names_a_config_of_ours(tool):
 def test_missing_stores_of_region_features_are_made_from_the_demo_data(tool, tmp_path):
     files = tmp_path / "data" / "regions" / "bottom_up"
     files.mkdir(parents=True)
+    for name in ("objects", "attributes"):
+        (files.parent / f"{name}_vocab.txt").write_text("thing\n")
     for number, split in enumerate(("train", "dev"), 1):
         (files / f"{split}.tsv").write_text(format_regions(record(number), BOTTOM_UP) + "\n")
     tool.make_stores("bottom_up", str(tmp_path))
