@@ -71,6 +71,12 @@ def _augment(args):
     augment(args)
 
 
+def _reproduce(args):
+    from unimo2_paddle.reproduction import describe, render_page
+
+    print(render_page() if args.page else describe(args.paper, args.table), end="" if args.page else "\n")
+
+
 def _demo_data(args):
     from unimo2_paddle.data.demo import write_demo_data
 
@@ -142,6 +148,11 @@ def build_parser():
 
     add_feature_arguments(command("features", _features, "Import detectors' region features into a memory-mapped store, or show a store."))
     add_augment_arguments(command("augment", _augment, "Rewrite captions and retrieve related pictures and texts for contrastive learning."))
+
+    sub = command("reproduce", _reproduce, "Show the papers' result tables with the commands and the status of every row.")
+    sub.add_argument("--table", type=int, metavar="N", help="number of the table; default: list the tables")
+    sub.add_argument("--paper", choices=("unimo2", "unimo"), help="whose table; default: unimo2")
+    sub.add_argument("--page", action="store_true", help="print docs/reproduction.md")
 
     sub = command("demo-data", _demo_data, "Write the generated coloured-shape corpora in the real file formats.")
     sub.add_argument("--out", required=True, metavar="DIR", help="directory to write (must not exist or be a demo directory)")
