@@ -238,7 +238,8 @@ def load_run_config(path, overrides=()):
     """Read, override and check a run configuration.
 
     Args:
-        path: YAML file; overrides: ``["group.key=value", ...]``.
+        path: YAML file; ``run_configs/...`` also names the project's own where the working directory has none of this name.
+        overrides: ``["group.key=value", ...]``.
 
     Returns:
         :class:`RunConfig`.
@@ -248,7 +249,8 @@ def load_run_config(path, overrides=()):
     """
     from unimo2_paddle.tasks import base
 
-    values, source, problems = read_yaml(path), os.fspath(path), []
+    path = _find_config(os.fspath(path))
+    values, source, problems = read_yaml(path), path, []
     try:
         apply_overrides(values, overrides)
     except ConfigError as error:
@@ -283,10 +285,22 @@ def bundled_config(name):
     """Path of a run config that comes with the project, for example ``"pretrain/demo.yaml"``.
 
     Raises:
-        ConfigError: this installation has no ``run_configs``.
+        ConfigError: this installation has no such run config.
     """
-    root = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "run_configs")
-    path = os.path.join(root, name)
-    if not os.path.isfile(path):
-        raise ConfigError(f"{path} does not exist; run from a clone of the project (the configs are in its run_configs/)")
+    package = os.path.dirname(os.path.abspath(__file__))
+    places = [os.path.join(root, "run_configs", name) for root in (os.path.dirname(package), package)]  # a checkout, an installation
+    path = next((place for place in places if os.path.isfile(place)), None)
+    if path is None:
+        raise ConfigError(f"this installation has no run config {name!r} (neither {' nor '.join(places)}); install the package again")
     return os.path.relpath(path) if not os.path.relpath(path).startswith("..") else path
+
+
+def _find_config(path):
+    """``path``, or the project's own config where ``run_configs/...`` is not in the working directory."""
+    parts = os.path.normpath(path).split(os.sep)
+    if parts[0] != "run_configs" or os.path.exists(path):
+        return path
+    try:
+        return bundled_config(os.path.join(*parts[1:])) if len(parts) > 1 else path
+    except ConfigError:
+        return path

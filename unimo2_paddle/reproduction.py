@@ -73,7 +73,8 @@ def _entry(facts, row, task, expected):
         return Entry(row["name"], name, expected, "", [], run["missing"], "", "")
     notes = "; ".join(part["note"] for part in (system, facts["tasks"][task], run) if "note" in part)
     commands = system_commands(facts, system, task)
-    return Entry(row["name"], name, expected, _shown(run["config"]), commands, run.get("needs", system["needs"]), _toy_status(facts, row["system"], task), notes)
+    needs, toy = run.get("needs", system["needs"]), _toy_status(facts, row["system"], task)
+    return Entry(row["name"], name, expected, _shown(run["config"]), commands, needs, toy, notes)
 
 
 def _toy_status(facts, system, task):
@@ -173,7 +174,7 @@ def render_page():
         lines += _markdown_table(["demo of", "commands", "measured", "what needs no such training"], [
             [facts["tasks"][task]["name"], _code(task_commands(toy)), toy.get("measured", "no recorded figure"), toy.get("without", "")]
             for task, toy in toys.items()]) + [""]
-    for paper, about in facts["papers"].items():
+    for about in facts["papers"].values():
         for number, table in about["tables"].items():
             lines += [f"## {about['title']}, table {number}: {table['title']}", "", f"Source: {table['source']}.", ""]
             lines += _paper_table(table) + [""]

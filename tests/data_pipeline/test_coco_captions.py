@@ -6,8 +6,7 @@ import json
 import pytest
 
 from unimo2_paddle.data.demo_tasks.captioning import write
-from unimo2_paddle.data.formats.coco_captions import (read_caption_filelist, read_coco_captions, read_object_tags, result_problems,
-                                                      result_rows)
+from unimo2_paddle.data.formats.coco_captions import read_caption_filelist, read_coco_captions, read_object_tags, result_problems, result_rows
 from unimo2_paddle.data.formats.karpathy import read_karpathy
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import DataError

@@ -253,7 +253,10 @@ def png_chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png_of(*chunks, idat=zlib.compress(bytes(10 * 31))):
+BLACK_ROWS = zlib.compress(bytes(10 * 31))
+
+
+def png_of(*chunks, idat=BLACK_ROWS):
     return (b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 10, 10, 8, 2, 0, 0, 0)) + b"".join(chunks)
             + png_chunk(b"IDAT", idat) + png_chunk(b"IEND", b""))
 

@@ -10,13 +10,14 @@ from unimo2_paddle.augment.store import Augmentations
 from unimo2_paddle.config import load_run_config
 from unimo2_paddle.data.region_import import import_regions
 from unimo2_paddle.data.region_inputs import with_global_region
-from unimo2_paddle.data.region_store import RegionStore, Regions
+from unimo2_paddle.data.region_store import Regions, RegionStore
 from unimo2_paddle.data.unimo_batches import class_targets, drawn_in_turns
 from unimo2_paddle.data.unimo_sources import CaptionFile, RelatedPictures
 from unimo2_paddle.errors import DataError
 from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.tasks.base import Shard, task_class
 
+ONE_WORKER = Shard()
 ALL = {"mixture.weights": {"pairs": 1, "images": 1, "texts": 1}}
 
 
@@ -28,7 +29,7 @@ def task_of(path):
 @pytest.fixture
 def batches(unimo_pretrain_config):
     """A function: changes, shard -> endless batches."""
-    return lambda changes=None, shard=Shard(): task_of(unimo_pretrain_config(changes)).train_batches(shard)
+    return lambda changes=None, shard=ONE_WORKER: task_of(unimo_pretrain_config(changes)).train_batches(shard)
 
 
 def first(found, corpus):

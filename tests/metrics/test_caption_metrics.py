@@ -80,7 +80,7 @@ def slow_cider(candidates, references):
         frequency = np.array([sum(any(g in grams(x, n) for x in own) for own in references) for g in known])
         idf = np.log(len(references)) - np.log(np.maximum(1, frequency))
 
-        def vector(tokens):
+        def vector(tokens, n=n, known=known, idf=idf):
             return np.array([grams(tokens, n).count(g) for g in known]) * idf
 
         for i, (c, own) in enumerate(zip(candidates, references)):

@@ -83,7 +83,8 @@ def test_training_and_evaluation_leave_a_model_captions_and_a_report(run_config,
 
 def test_the_authors_files_with_object_tags_train_and_are_judged_by_coco_references(run_config, unimo2, captioning_data):
     config = run_config(data__format="filelist", data__annotations=str(captioning_data / "{split}_filelist"), train__max_steps=1,
-                        data__max_objects=60, data__objects=str(captioning_data / "objects.ids"), data__references=str(captioning_data / "captions_{split}.json"))
+                        data__max_objects=60, data__objects=str(captioning_data / "objects.ids"),
+                        data__references=str(captioning_data / "captions_{split}.json"))
     trained = unimo2("train", "-c", config)
     assert trained.status == 0, trained.err
     assert "cider" in trained.out

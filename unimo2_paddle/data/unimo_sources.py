@@ -7,7 +7,7 @@ from unimo2_paddle.augment.store import Augmentations, RecordAugmentations
 from unimo2_paddle.data.formats.karpathy import read_karpathy
 from unimo2_paddle.data.mixture import CORPORA, ORDER_DRAW, generator
 from unimo2_paddle.data.pretrain_batches import Source, open_sources, shard_problems
-from unimo2_paddle.data.region_store import RegionStore, Regions
+from unimo2_paddle.data.region_store import Regions, RegionStore
 from unimo2_paddle.data.shards import EpochOrder, ShardSet
 from unimo2_paddle.errors import DataError
 

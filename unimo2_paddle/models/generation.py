@@ -25,7 +25,8 @@ BLOCKED = -65000.0     # added to a candidate that repeats a trigram (the author
 class Decoding:
     """How texts are searched.
 
-    ``min_length``: tokens between [CLS] and the end token, at least; ``max_length``: tokens after [CLS], at most. ``length_penalty``: scores are divided by ((5 + length) / 6) to this power. ``samples``: texts per input of ``sample``.
+    ``min_length``: tokens between [CLS] and the end token, at least; ``max_length``: tokens after [CLS], at most.
+    ``length_penalty``: scores are divided by ((5 + length) / 6) to this power. ``samples``: texts per input of ``sample``.
     ``top_k`` (0: all) and ``top_p`` restrict sampling to the most probable tokens; ``temperature`` flattens it.
     ``attend_padded_tags``: padded object tags are attended while decoding, as the authors have it in UNIMO-2; a caption then depends
     on the images it shares a batch with. UNIMO never attends them.

@@ -7,7 +7,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from unimo2_paddle.errors import UserInputError
-from unimo2_paddle.models.grounding import Grounding, GroundedDictionary
+from unimo2_paddle.models.grounding import GroundedDictionary, Grounding
 from unimo2_paddle.models.heads import Pooler, TiedPredictor
 from unimo2_paddle.models.text import TextEncoder, source_mask, text_visibility, visibility_block
 from unimo2_paddle.models.transformer import Encoder, layer_norm, linear

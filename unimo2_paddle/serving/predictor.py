@@ -130,7 +130,8 @@ class Predictor:
         """
         classes = list(classes)
         if self.task != "retrieval" or self.kind.reads_regions:
-            raise UserInputError(f"{self.directory} is a model {'of UNIMO ' * self.kind.reads_regions}for {self.task}; zero-shot classes need a pre-trained model or one for retrieval")
+            raise UserInputError(f"{self.directory} is a model {'of UNIMO ' * self.kind.reads_regions}for {self.task}; "
+                                 "zero-shot classes need a pre-trained model or one for retrieval")
         if len(set(classes)) < 2 or len(set(classes)) < len(classes) or not all(isinstance(name, str) and name.strip() for name in classes):
             raise UserInputError("classes: give at least two different, non-empty names")
         if isinstance(templates, str):

@@ -194,7 +194,8 @@ class RunSection:
                         for key, low in (("log_every", 1), ("save_every", 0), ("early_stop", 0), ("keep_last", 1), ("seed", 0),
                                          ("check_workers_every", 0), ("worker_timeout", 1), ("skip_bad_steps", 0)) if getattr(self, key) < low] + [
                     f"{key}: {getattr(self, key)!r} is not one of {', '.join(map(str, choices))}"
-                    for key, choices in (("graph", ("dynamic", "static", "to_static")), ("sharding", (0, 1, 2, 3)), ("amp", ("off", "O1", "O2")), ("amp_dtype", ("bfloat16", "float16")))
+                    for key, choices in (("graph", ("dynamic", "static", "to_static")), ("sharding", (0, 1, 2, 3)),
+                                         ("amp", ("off", "O1", "O2")), ("amp_dtype", ("bfloat16", "float16")))
                     if getattr(self, key) not in choices]
 
 

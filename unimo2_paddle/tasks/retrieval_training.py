@@ -116,8 +116,8 @@ def collate_pairs(samples, dataset, image_size):
         samples: of :class:`CirclePairs` or :class:`InBatchPairs`; dataset: their ``RetrievalDataset``; image_size: pixels.
 
     Returns:
-        dict: ``image`` uint8 ``[U, S, S, 3]`` or the regions of U pictures, ``input_ids``, ``position_ids``, ``text_mask`` ``[V, L]``, the pairs as rows of these,
-        ``pair_image`` and ``pair_text`` int64 ``[B, C]``, and ``noise`` where samples have it.
+        dict: ``image`` uint8 ``[U, S, S, 3]`` or the regions of U pictures, ``input_ids``, ``position_ids``, ``text_mask`` ``[V, L]``, the pairs as rows of
+        these, ``pair_image`` and ``pair_text`` int64 ``[B, C]``, and ``noise`` where samples have it.
     """
     images, pair_image = np.unique(np.stack([sample["images"] for sample in samples]), return_inverse=True)
     texts, pair_text = np.unique(np.stack([sample["texts"] for sample in samples]), return_inverse=True)

@@ -8,7 +8,7 @@ import os
 import numpy as np
 
 from unimo2_paddle.data.region_inputs import region_arrays
-from unimo2_paddle.data.region_store import RegionStore, Regions
+from unimo2_paddle.data.region_store import Regions, RegionStore
 from unimo2_paddle.errors import ConfigError, DataError
 from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.tasks.base import normalise_tensor

@@ -14,8 +14,16 @@ import paddle.nn.functional as F
 
 from unimo2_paddle.data.formats.vqa import IMAGE_PATTERN, read_annotations, read_visual_genome, read_vqa, submission_rows
 from unimo2_paddle.errors import CheckpointError, DataError
-from unimo2_paddle.metrics.vqa import (answer_vocabulary, frequent_answer_accuracy, frequent_answers, normalise_answer, soft_targets,
-                                       validate_submission, vqa_accuracy, vqa_metrics)
+from unimo2_paddle.metrics.vqa import (
+    answer_vocabulary,
+    frequent_answer_accuracy,
+    frequent_answers,
+    normalise_answer,
+    soft_targets,
+    validate_submission,
+    vqa_accuracy,
+    vqa_metrics,
+)
 from unimo2_paddle.tasks.classification import ClassificationEvaluator, classifier_logits
 from unimo2_paddle.tasks.finetune import TASK_FILE, FinetuneEval, FinetuneTrain, read_task_file
 from unimo2_paddle.tasks.pairs import PairData, PairTask
