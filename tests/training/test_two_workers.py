@@ -219,8 +219,7 @@ def test_sharded_workers_resume_bit_for_bit(run, sharded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", [0, pytest.param(1, marks=pytest.mark.skip(
-    reason="four gloo workers often cannot connect the groups that fleet makes for sharding (Paddle 3.3.1, docs/distributed.md)"))])
+@pytest.mark.parametrize("sharding", [0, 1])
 def test_four_workers_have_the_losses_and_weights_of_one(run, sharding):
     assert_equal_runs(run.one, run(f"four{sharding}", 4, "-o", f"run.sharding={sharding}", "-o", "run.check_workers_every=20"))
 

@@ -14,6 +14,7 @@ import paddle.distributed as dist
 from unimo2_paddle.errors import TrainingError, UserInputError
 from unimo2_paddle.tasks.base import Shard
 from unimo2_paddle.training import rendezvous
+from unimo2_paddle.training.gloo_groups import separate_stores
 from unimo2_paddle.training.sharding import ShardedOptimizer, check_stage
 
 _team = None  # the workers this process has met: like Paddle's own connections they belong to the process
@@ -46,7 +47,8 @@ def start(sharding=0, timeout=300):
         strategy.find_unused_parameters = True
         if sharding:
             strategy.hybrid_configs = {"dp_degree": 1, "mp_degree": 1, "pp_degree": 1, "sharding_degree": world_size}
-        fleet.init(is_collective=True, strategy=strategy, log_level="WARNING")
+        with separate_stores():
+            fleet.init(is_collective=True, strategy=strategy, log_level="WARNING")
         _team = team.start()
     return Shard(dist.get_rank(), dist.get_world_size())
 

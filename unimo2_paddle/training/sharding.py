@@ -46,15 +46,16 @@ class ShardedOptimizer:
         own = optimizer_arrays(self._fleet)
         described = []
         dist.all_gather_object(described, [(key, own[key].shape, str(own[key].dtype)) for key in sorted(own)])
-        if self._shard.rank > 0:
-            for key in sorted(own):
-                dist.send(paddle.to_tensor(own[key]), dst=0)
-            return
+        # broadcast, not send: gloo numbers its messages per process, so a first worker that heard another one misses the next one's
         for rank in range(1, self._shard.world_size):
             for key, shape, dtype in described[rank]:
-                received = paddle.empty(shape, dtype)
-                dist.recv(received, src=rank)
-                own[key] = received.numpy()
+                mine = self._shard.rank == rank
+                array = paddle.to_tensor(own[key]) if mine else paddle.empty(shape, dtype)
+                dist.broadcast(array, src=rank)
+                if self._shard.rank == 0:
+                    own[key] = array.numpy()
+        if self._shard.rank > 0:
+            return
         self._whole = optimizer_state(own)
 
     def state_dict(self):
