@@ -14,7 +14,7 @@ def add_arguments(parser):
     text = parser.add_mutually_exclusive_group()
     for name, told in (("text", "sentence (of a pair: the first), hypothesis, or object tags"), ("question", "question about the picture")):
         text.add_argument(f"--{name}", metavar="TEXT", help=told)
-    parser.add_argument("--text-b", metavar="TEXT", help="second sentence of a pair")
+    parser.add_argument("--text-b", metavar="TEXT", help="second sentence of a pair, or the passage of a dialogue")
     parser.add_argument("--caption", action="store_true", help="say that a caption is wanted: refuses a model that does not caption")
     parser.add_argument("--classes", metavar="A,B,...", help="zero-shot classes for --image, separated by commas, or a text file with one per line")
     parser.add_argument("--templates", metavar="LIST", default="photos", help="sentences for --classes: photos, shapes or a text file; default: photos")
