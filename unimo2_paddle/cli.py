@@ -77,6 +77,12 @@ def _reproduce(args):
     print(render_page() if args.page else describe(args.paper, args.table), end="" if args.page else "\n")
 
 
+def _completion(args):
+    from unimo2_paddle.completion import completion_script
+
+    print(completion_script(build_parser(), args.shell), end="")
+
+
 def _demo_data(args):
     from unimo2_paddle.data.demo import write_demo_data
 
@@ -153,6 +159,9 @@ def build_parser():
     sub.add_argument("--table", type=int, metavar="N", help="number of the table; default: list the tables")
     sub.add_argument("--paper", choices=("unimo2", "unimo"), help="whose table; default: unimo2")
     sub.add_argument("--page", action="store_true", help="print docs/reproduction.md")
+
+    sub = command("completion", _completion, "Print the completion script of a shell; bash: eval \"$(unimo2 completion bash)\".")
+    sub.add_argument("shell", choices=("bash", "zsh", "fish"))
 
     sub = command("demo-data", _demo_data, "Write the generated coloured-shape corpora in the real file formats.")
     sub.add_argument("--out", required=True, metavar="DIR", help="directory to write (must not exist or be a demo directory)")
