@@ -52,10 +52,11 @@ setup(
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["unimo2_paddle", "unimo2_paddle.*"]) + ["unimo2_paddle.run_configs"],
-    # Beside the package in a checkout, inside it in a wheel: config.bundled_config finds both.
-    package_dir={"unimo2_paddle.run_configs": "run_configs"},
-    package_data={"unimo2_paddle": ["**/*.yaml", "**/*.json", "**/*.txt", "py.typed"], "unimo2_paddle.run_configs": ["**/*.yaml"]},
+    packages=find_packages(include=["unimo2_paddle", "unimo2_paddle.*"]) + ["unimo2_paddle.run_configs", "unimo2_paddle.model_zoo"],
+    # Beside the package in a checkout, inside it in a wheel: config.bundled_config and checkpoints.zoo find both.
+    package_dir={"unimo2_paddle.run_configs": "run_configs", "unimo2_paddle.model_zoo": "model_zoo"},
+    package_data={"unimo2_paddle": ["**/*.yaml", "**/*.json", "**/*.txt", "py.typed"], "unimo2_paddle.run_configs": ["**/*.yaml"],
+                  "unimo2_paddle.model_zoo": ["*.yaml", "README.md"]},
     python_requires=">=3.9,<3.12",  # numpy 1.24.4, which paddleclas demands, has no wheels for 3.12
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

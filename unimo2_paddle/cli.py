@@ -4,6 +4,7 @@ import sys
 
 import unimo2_paddle
 from unimo2_paddle.augment.command import add_arguments as add_augment_arguments
+from unimo2_paddle.checkpoints.zoo_command import add_download_arguments, add_zoo_arguments
 from unimo2_paddle.data.region_command import add_arguments as add_feature_arguments
 from unimo2_paddle.errors import Unimo2Error, UserInputError
 from unimo2_paddle.runtime import import_paddle, prepare_process
@@ -57,6 +58,18 @@ def _status(args):
     from unimo2_paddle.training.status import show_status
 
     show_status(args.run, args.watch)
+
+
+def _zoo(args):
+    from unimo2_paddle.checkpoints.zoo_command import zoo
+
+    print(zoo(args))
+
+
+def _download(args):
+    from unimo2_paddle.checkpoints.zoo_command import download
+
+    print(download(args))
 
 
 def _features(args):
@@ -152,6 +165,8 @@ def build_parser():
     sub.add_argument("--vocab", metavar="FILE", help="the authors' vocab.txt (with --roberta-vocab)")
     sub.add_argument("--encoder-json", metavar="FILE", help="the authors' encoder.json (with --roberta-vocab)")
 
+    add_zoo_arguments(command("zoo", _zoo, "List and show released weights and data, or publish a checkpoint of yours."))
+    add_download_arguments(command("download", _download, "Fetch weights or data of the zoo: resumed, checked, unpacked safely."))
     add_feature_arguments(command("features", _features, "Import detectors' region features into a memory-mapped store, or show a store."))
     add_augment_arguments(command("augment", _augment, "Rewrite captions and retrieve related pictures and texts for contrastive learning."))
 

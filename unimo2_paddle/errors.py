@@ -31,6 +31,18 @@ class CheckpointError(UserInputError):
     """A checkpoint file or directory is missing, damaged, foreign or does not fit the model."""
 
 
+class ZooError(UserInputError):
+    """A name, registry or cache of the model zoo that cannot be used, or something that offline mode forbids."""
+
+
+class ArchiveError(UserInputError):
+    """An archive is damaged, too large, or would write outside the directory it is unpacked into."""
+
+
+class DownloadError(Unimo2Error):
+    """A file could not be fetched, or is not the one the registry describes; not the user's fault, so exit status 1."""
+
+
 class DataError(UserInputError):
     """A data file is missing, empty, malformed or has too many bad records."""
 

@@ -1,4 +1,5 @@
 """Whole models from and to disk: ``save_pretrained`` and ``from_pretrained``."""
+import difflib
 import logging
 import os
 
@@ -6,15 +7,13 @@ import paddle
 
 from unimo2_paddle.checkpoints.convert import config_by_shapes, locate, read_checkpoint, write_checkpoint
 from unimo2_paddle.checkpoints.released import assign_parameters, match_parameters, parameter_arrays
+from unimo2_paddle.checkpoints.zoo import PREFIX, entries, fetch, find
 from unimo2_paddle.errors import CheckpointError
 from unimo2_paddle.models import unimo, unimo2
 from unimo2_paddle.models.configuration import UnimoConfig, load_config
 
 logger = logging.getLogger(__name__)
 
-# reference notes, section 1.8, and UNIMO's section 7
-RELEASED_URL = "https://unimo-2.bj.bcebos.com/model/UNIMO-2.tar.gz"
-UNIMO_URL = "https://unimo.bj.bcebos.com/model/unimo_base_en.tar.gz"
 _HEAD_PREFIXES = {"pooling": "grounded.pooled_fc_text.", "matching": "grounded.img_text_matching_fc.",
                   "masked_lm": "grounded.mask_lm_", "masked_grounding": "grounded.mask_g_"}
 _UNIMO_HEAD_PREFIXES = {"pooling": "pooled_fc_text.", "matching": "match_fc.", "masked_lm": "mask_lm_", "masked_region": "mask_region_"}
@@ -41,7 +40,8 @@ def from_pretrained(name_or_directory, config=None, allow_missing=()):
     poolers and the masked_lm head, as it was pre-trained) and what is missing is an error.
 
     Args:
-        name_or_directory: our own directory, an authors' directory, or a ``.safetensors`` or ``.pdparams`` file.
+        name_or_directory: our own directory, an authors' directory, a ``.safetensors`` or ``.pdparams`` file, or a model's name in the zoo
+            (with or without ``zoo:``), which is downloaded when it is not in the cache; what exists on the disk goes before a name.
         config: ``Unimo2Config``, ``UnimoConfig``, dict or JSON path; default: the checkpoint's ``config.json``, or else worked out from the
             shapes (attention heads of 64 are assumed, and the log says so).
         allow_missing: name patterns of parameters that may be missing or mis-shaped and keep their initial values.
@@ -51,13 +51,10 @@ def from_pretrained(name_or_directory, config=None, allow_missing=()):
 
     Raises:
         CheckpointError: unknown name, damaged checkpoint, or the list of parameters that do not fit.
+        ZooError, DownloadError: the named weights are not in the cache and cannot be fetched.
         ConfigError: an unusable config.
     """
-    path = os.fspath(name_or_directory)
-    if not os.path.exists(path):
-        raise CheckpointError(
-            f"{path!r} is neither a directory nor a file. To get the released UNIMO-2 base weights, download {RELEASED_URL} "
-            f"(UNIMO base: {UNIMO_URL}) by hand, unpack it, and give the directory with one file per variable.")
+    path = checkpoint_path(os.fspath(name_or_directory))
     kind, _ = locate(path)
     arrays, stored_config, _ = read_checkpoint(path)
     config = _chosen_config(path, arrays, stored_config, config)
@@ -70,6 +67,23 @@ def from_pretrained(name_or_directory, config=None, allow_missing=()):
         logger.info("%s: %s", path, report)
     model.eval()
     return model
+
+
+def checkpoint_path(given):
+    """The path of a checkpoint on this disk, or of the zoo's model of this name, which is fetched; raises as :func:`from_pretrained`."""
+    name = given[len(PREFIX):] if given.startswith(PREFIX) else given
+    if not given.startswith(PREFIX):
+        if os.path.exists(given):
+            return given
+        known = entries()
+        if given not in known:
+            models = [one for one, entry in known.items() if entry.kind == "model"]
+            close = difflib.get_close_matches(given, models, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"its models: {', '.join(models)}"
+            raise CheckpointError(f"{given!r} is neither a directory nor a file, nor a model of the zoo; {hint}")
+    if find(name).kind != "model":
+        raise CheckpointError(f"{name!r} is {find(name).kind} in the zoo, no model; unimo2 zoo list --kind model shows the models")
+    return fetch(name)
 
 
 def _build(config, names, as_saved):

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from unimo2_paddle.data.tar_members import tar_members
 from unimo2_paddle.errors import DataError
+from unimo2_paddle.file_lock import locked
 
 PREFIX = "pipe:"
 
@@ -111,7 +112,7 @@ class ShardCache:
         copy = self._file(shard, ".tar")
         descriptor = _open_used(copy)
         if descriptor is None:
-            with _locked(self._file(shard, ".lock")):
+            with locked(self._file(shard, ".lock")):
                 descriptor = _open_used(copy)  # another process may have fetched it while this one waited
                 if descriptor is None:
                     descriptor = self._fetch(shard, copy)
@@ -192,7 +193,7 @@ class ShardCache:
 
     def _make_room(self):
         """Removes the copies used least recently until all of them fit, and what killed fetches left behind."""
-        with _locked(os.path.join(self.directory, "room.lock")):
+        with locked(os.path.join(self.directory, "room.lock")):
             copies, total = [], 0
             for entry in os.scandir(self.directory):
                 try:
@@ -270,17 +271,6 @@ class _Handle:
 
     def __del__(self):
         os.close(self.descriptor)
-
-
-@contextlib.contextmanager
-def _locked(path):
-    """Holds the lock of a file that stays in place; the kernel gives it back when this process ends, however it does."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _open_used(copy):

@@ -6,6 +6,8 @@ from typing import NamedTuple, Optional, Union
 import numpy as np
 import paddle
 
+from unimo2_paddle.checkpoints.pretrained import checkpoint_path
+from unimo2_paddle.checkpoints.zoo import PREFIX
 from unimo2_paddle.data.collate import FIRST_POSITION, text_arrays, with_special_tokens
 from unimo2_paddle.data.formats.regions import RegionRecord
 from unimo2_paddle.data.formats.seq2seq import SEPARATOR
@@ -46,7 +48,8 @@ class Predictor:
     """The model of a checkpoint directory with everything around it.
 
     Args:
-        directory: ``best/`` of a finetuning run (any task), or a pre-trained model with its vocabulary, which scores pairs.
+        directory: ``best/`` of a finetuning run (any task), or a pre-trained model with its vocabulary, which scores pairs; or such a model's
+            name in the zoo, as ``zoo:NAME``.
         top: how many classes or answers a result names.
         regions: for models of UNIMO, a store of region features in which pictures are looked up by name.
 
@@ -62,6 +65,8 @@ class Predictor:
 
     def __init__(self, directory, top=5, regions=None):
         self.directory = os.fspath(directory)
+        if self.directory.startswith(PREFIX):
+            self.directory = checkpoint_path(self.directory)
         if not os.path.isdir(self.directory):
             raise CheckpointError(f"{self.directory} is not a directory; give the best/ directory of a finetuning run")
         if top < 1:

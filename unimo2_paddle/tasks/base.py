@@ -7,7 +7,11 @@ from typing import Any, Dict, List, Union
 
 import paddle
 
-from unimo2_paddle.errors import CheckpointError, ConfigError, VocabularyError
+from unimo2_paddle.checkpoints.zoo import PREFIX as ZOO
+from unimo2_paddle.checkpoints.zoo import cached_path
+from unimo2_paddle.checkpoints.zoo import fetch as fetch_from_zoo
+from unimo2_paddle.checkpoints.zoo import find as find_in_zoo
+from unimo2_paddle.errors import CheckpointError, ConfigError, VocabularyError, ZooError
 from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig, load_config
 from unimo2_paddle.models.unimo import UnimoModel
 from unimo2_paddle.models.unimo2 import Unimo2Model
@@ -39,7 +43,8 @@ class ModelSection:
     """Group ``model``: a named or JSON model config, single keys over it, and where the weights come from.
 
     ``config``: name of a bundled config (unimo2_base, unimo_base, ...) or a JSON file, whose keys say which of the two systems it is; may
-    be empty when ``init`` is a directory with its own config.json. ``init``: directory of weights (own or the authors'); empty = from scratch.
+    be empty when ``init`` is a directory with its own config.json. ``init``: directory of weights (own or the authors'), or ``zoo:NAME``, which is
+    downloaded when the run starts and is not in the cache; empty = from scratch.
     ``allow_missing``: name patterns of parameters that ``init`` may lack.
     """
 
@@ -51,7 +56,12 @@ class ModelSection:
     def problems(self):
         if not self.config and not self.init:
             return ["config: give a model config or an init directory"]
-        if not self.config and not os.path.exists(self.init):
+        if self.init.startswith(ZOO):
+            try:
+                find_in_zoo(self.init)
+            except ZooError as error:
+                return [f"init: {error}"]
+        if not self.config and not os.path.exists(self.init_path):
             return []  # a checkpoint may still have to be made when its run config is checked
         try:
             self.model_config()
@@ -60,15 +70,29 @@ class ModelSection:
             return [text if text.split(":")[0] in keys else f"config: {error.source or self.config}: {text}" for text in error.problems]
         return []
 
+    @property
+    def init_path(self):
+        """Where the weights of ``init`` are on this disk, downloaded or not yet."""
+        return cached_path(self.init) if self.init.startswith(ZOO) else self.init
+
+    def fetch(self):
+        """Have the weights of a ``zoo:NAME`` on this disk; of several workers one downloads and the others wait.
+
+        Raises:
+            ZooError, DownloadError: see :func:`unimo2_paddle.checkpoints.zoo.fetch`.
+        """
+        if self.init.startswith(ZOO):
+            fetch_from_zoo(self.init)
+
     def model_config(self):
         """The ``Unimo2Config`` or ``UnimoConfig`` described here.
 
         Raises:
             ConfigError: unknown name, unreadable file, or values that do not fit together.
         """
-        if not self.config and not os.path.exists(self.init):
+        if not self.config and not os.path.exists(self.init_path):
             raise ConfigError(f"model.init: {self.init} does not exist; give a checkpoint directory, or name a model.config")
-        path = self.config or os.path.join(self.init, "config.json")
+        path = self.config or os.path.join(self.init_path, "config.json")
         if self.config and not self.config.endswith(".json"):
             path = os.path.join(CONFIG_DIRECTORY, f"{self.config}.json")
             if not os.path.isfile(path):
@@ -108,9 +132,10 @@ def read_initial(section):
 
     if not section.init:
         return None
-    if not os.path.exists(section.init):
+    section.fetch()
+    if not os.path.exists(section.init_path):
         raise CheckpointError(f"model.init: {section.init} does not exist; give a checkpoint directory, or leave it empty to start from scratch")
-    return read_checkpoint(section.init).arrays
+    return read_checkpoint(section.init_path).arrays
 
 
 def load_initial(model, section, head_patterns=(), arrays=None):
@@ -220,11 +245,12 @@ class Task:
 
     def __init__(self, config):
         self.config = config
+        config.model.fetch()  # before anything asks the checkpoint for its config, classes or answers
 
     @classmethod
     def wrong_system(cls, section):
         """The problem, as a list of texts, that the group ``model`` is of a system this task is not there for."""
-        if not section.config and not os.path.exists(os.path.join(section.init, "config.json")):
+        if not section.config and not os.path.exists(os.path.join(section.init_path, "config.json")):
             return []  # a checkpoint that is still to be made, or the authors'
         found, names = section.model_config(), {Unimo2Config: "UNIMO-2", UnimoConfig: "UNIMO"}
         if isinstance(found, cls.systems):

@@ -99,7 +99,7 @@ class CaptioningTask(FinetuneTask):
             found.append("adversarial.adv_type: perturbs cross-entropy training; with train.scst set none")
         if config.train.scst and config.run.graph == "static":
             found.append("train.scst: draws captions step by step, which a static Program cannot; set run.graph: dynamic")
-        if not config.model.config and not os.path.exists(config.model.init):
+        if not config.model.config and not os.path.exists(config.model.init_path):
             return found  # the checkpoint is still to be made
         found += [told for told in [mismatch(config.data, config.model.model_config())] if told]
         limit = config.model.model_config().text_max_position_embeddings - FIRST_POSITION

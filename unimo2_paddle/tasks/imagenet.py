@@ -188,7 +188,7 @@ class ImagenetTask(ClassificationTask):
         super().__init__(config)
         self.model_config = config.model.model_config()
         self.selection = f"{config.eval.split}/top1"
-        self.classes = read_classes(config.data, config.model.init)
+        self.classes = read_classes(config.data, config.model.init_path)
         self.names = read_class_names(config.data.class_names, self.classes) if config.data.class_names else names_of_folders(self.classes)
         self.probing = config.train.method == "linear_probe"
 
@@ -223,7 +223,7 @@ class ImagenetTask(ClassificationTask):
         Raises:
             CheckpointError: in an evaluation, ``model.init`` has no head or one of other classes.
         """
-        init, fresh = self.config.model.init, self.is_training()
+        init, fresh = self.config.model.init_path, self.is_training()
         stored = read_task_file(init).get("classes") if init and os.path.isfile(os.path.join(init, TASK_FILE)) else None
         if stored and stored != self.classes and not fresh:
             raise CheckpointError(f"{init}: was trained on {len(stored)} classes ({', '.join(stored[:3])} ...), data.images has {len(self.classes)} "

@@ -180,7 +180,7 @@ def _system_problems(config):
 def text_length_problems(config):
     """A problem when the model has fewer text positions than ``data.max_text_len`` needs."""
     section = config.model
-    if not section.config and not os.path.exists(section.init):
+    if not section.config and not os.path.exists(section.init_path):
         return []  # said when the run starts: a checkpoint may still have to be made
     positions = section.model_config().text_max_position_embeddings
     needed = config.data.max_text_len + 2

@@ -96,7 +96,7 @@ class Seq2SeqTask(FinetuneTask):
 
     @classmethod
     def check(cls, config):
-        if not config.model.config and not os.path.exists(os.path.join(config.model.init, "config.json")):
+        if not config.model.config and not os.path.exists(os.path.join(config.model.init_path, "config.json")):
             return []  # the checkpoint is still to be made
         model, spec = config.model.model_config(), SEQ2SEQ[config.data.dataset]
         limit = model.text_max_position_embeddings - FIRST_POSITION

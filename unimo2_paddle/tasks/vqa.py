@@ -103,7 +103,7 @@ class VqaTask(PairTask):
         return self._answers
 
     def _load_answers(self):
-        init, data = self.config.model.init, self.config.data
+        init, data = self.config.model.init_path, self.config.data
         about = read_task_file(init) if init and os.path.isfile(os.path.join(init, TASK_FILE)) else {}
         if about.get("task") == self.config.task:
             try:
