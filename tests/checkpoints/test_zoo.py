@@ -280,7 +280,7 @@ def test_a_published_checkpoint_loads_by_name_with_everything_in_it(published, t
     assert sorted(os.listdir(published)) == ["my-demo.tar.gz", "my-demo.yaml"]
     assert same(from_pretrained("my-demo"), from_pretrained(str(trained))) and same(from_pretrained("zoo:my-demo"), from_pretrained(str(trained)))
     assert sorted(os.listdir(home / "zoo" / "my-demo")) == ["config.json", "model.safetensors", "vocab"]
-    assert 0 <= Predictor("zoo:my-demo").predict_batch([{"image": np.zeros((32, 32, 3), np.uint8), "text": "a red circle"}])[0].to_json()["match"] <= 1
+    assert 0 <= Predictor("zoo:my-demo").predict_batch([{"image": np.zeros((32, 32, 3), np.uint8), "text": "a red circle"}])[0].probability <= 1
 
 
 def test_a_taken_or_unusable_name_and_what_is_no_model_are_refused(published, trained, unimo2, tmp_path):
@@ -297,7 +297,9 @@ def test_a_taken_or_unusable_name_and_what_is_no_model_are_refused(published, tr
 
 
 def test_a_run_starts_from_a_name_and_its_config_keeps_the_name(published, pretrain_config, unimo2, tmp_path, home):
-    config = pretrain_config({"model": {"init": "zoo:my-demo"}, "train.steps": 1})
+    outcome = unimo2("validate", "-c", pretrain_config({"model": {"init": "zoo:my-demo"}}))
+    assert outcome.status == 2 and "run unimo2 download my-demo first, or name a model.config" in outcome.err
+    config = pretrain_config({"model.init": "zoo:my-demo", "train.steps": 1})
     assert "zoo:my-demo" in unimo2("validate", "-c", config).out and not (home / "zoo").exists(), "checking a config downloads nothing"
     outcome = unimo2("train", "-c", config)
     assert outcome.status == 0, outcome.err

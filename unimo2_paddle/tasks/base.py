@@ -90,6 +90,10 @@ class ModelSection:
         Raises:
             ConfigError: unknown name, unreadable file, or values that do not fit together.
         """
+        if not self.config and self.init.startswith(ZOO) and not os.path.exists(self.init_path):
+            name = self.init[len(ZOO):]
+            raise ConfigError(f"model.init: {self.init} is not in the cache yet, so its config is unknown; run unimo2 download {name} first, or "
+                              "name a model.config")
         if not self.config and not os.path.exists(self.init_path):
             raise ConfigError(f"model.init: {self.init} does not exist; give a checkpoint directory, or name a model.config")
         path = self.config or os.path.join(self.init_path, "config.json")
