@@ -14,10 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def data_files():
-    """Every file a wheel must hold, as named in it: the package's own and the run configs."""
+    """Every file a wheel must hold, as named in it: the package's own, the run configs and the model zoo's registry."""
     package = [path for path in (ROOT / "unimo2_paddle").rglob("*") if path.suffix in (".py", ".yaml", ".json", ".txt", ".typed")]
     configs = {f"unimo2_paddle/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "run_configs").rglob("*.yaml")}
-    return configs | {path.relative_to(ROOT).as_posix() for path in package}
+    zoo = {f"unimo2_paddle/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "model_zoo").iterdir()}
+    return configs | zoo | {path.relative_to(ROOT).as_posix() for path in package}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_a_wheel_holds_every_module_config_and_template(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     assert data_files() <= names, sorted(data_files() - names)
-    assert not [name for name in names if name.startswith(("tests", "tools", "docs", "run_configs"))]
+    assert not [name for name in names if name.startswith(("tests", "tools", "docs", "run_configs", "model_zoo"))]
     assert any(name.endswith("LICENSE") for name in names)
 
 

@@ -168,7 +168,7 @@ def fetch(name, mirror="", from_file="", to="", zoos=(), patience=None):
             if temporary:
                 os.remove(archive)
     except OSError as error:
-        raise ZooError(f"{error.filename or home()}: {error.strerror or error}; choose another --to, or another cache: the cache directory is set by UNIMO2_HOME") from None
+        raise ZooError(f"{error.filename or home()}: {error.strerror or error}; choose another --to or another cache (UNIMO2_HOME)") from None
     return target
 
 
