@@ -45,12 +45,18 @@ def launch(tmp_path):
         (tmp_path / "script.txt").write_text(script + "\n")
         environment = {**os.environ, "PYTHON": str(python), "WORKERS": str(workers), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         process = subprocess.Popen(["bash", str(ROOT / "tools" / "launch.sh"), *map(str, arguments)], env=environment, cwd=tmp_path, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+                                   # tests run in the background of a script inherit that Ctrl-C is ignored, and bash could not trap it
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         if kill:
             while not (tmp_path / "waiting").exists() and process.poll() is None:
                 time.sleep(0.02)
             process.send_signal(kill)
-        output, _ = process.communicate(timeout=60)
+        try:
+            output, _ = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         calls = tmp_path / "calls.txt"
         return process.returncode, output, calls.read_text().splitlines() if calls.exists() else []
 
