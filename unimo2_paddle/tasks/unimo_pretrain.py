@@ -74,7 +74,7 @@ class UnimoPretrainTrain:
 
     steps: int = 1000
     accumulate: int = 1              # micro-batches per optimizer step; contrastive candidates come from one micro-batch
-    temperature: float = 1.0         # of both contrastive terms; the scores' scale is learned by the matching head
+    temperature: float = 0.07        # of the cosines in the contrastive term
     candidates: Candidates = field(default_factory=Candidates)
     pairs: UnimoPairObjectives = field(default_factory=UnimoPairObjectives)
     images: UnimoImageObjectives = field(default_factory=UnimoImageObjectives)
@@ -215,7 +215,7 @@ class UnimoPretrainTask(PretrainTask):
                 belongs = (owner.unsqueeze(0) == here.unsqueeze(1)).astype("float32")
                 candidates = paddle.concat([candidates, companions])
                 positive, real = paddle.concat([positive, belongs * counts], axis=1), paddle.concat([real, counts.expand_as(belongs)], axis=1)
-            scores = alone_scores(model, query, candidates) / self.config.train.temperature
+            scores = alone_scores(query, candidates) / self.config.train.temperature
             losses.append(multi_positive_contrastive_loss(scores, positive, real))
             own = ((scores + (real - 1.0) * 1e9).argmax(axis=1) == here).astype("float32").mean() if own is None else own
         return {"contrastive": (losses[0] + losses[1]) / 2, "contrastive_accuracy": own.detach()}
@@ -224,7 +224,7 @@ class UnimoPretrainTask(PretrainTask):
         """Pictures and texts encoded together: the pair and its rewritten captions against what it is not."""
         out = model(**take(batch, REGION_INPUTS, batch["joint_image"]), **take(batch, TEXT_INPUTS, batch["joint_text"]), first_only=True)
         positive, real = batch["joint_positive"], batch["joint_real"]
-        scores = model.matching_score(out).reshape([-1, positive.shape[1]]) / self.config.train.temperature
+        scores = model.matching_score(out).reshape([-1, positive.shape[1]])
         best = (scores + (real - 1.0) * 1e9).argmax(axis=1)
         right = (positive * F.one_hot(best, positive.shape[1])).sum(axis=1).mean()
         return {"rewriting": multi_positive_contrastive_loss(scores, positive, real), "rewriting_accuracy": right.detach()}

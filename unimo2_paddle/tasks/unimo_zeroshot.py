@@ -1,10 +1,11 @@
 """Zero-shot retrieval of a pre-trained UNIMO: pairs read together, and for comparison each side encoded alone.
 
-UNIMO's contrastive pre-training scores both ways with one head, the matching score of the product of both poolers. Alone, the score of a
-picture and a text is a weighted product of two vectors, so every side is encoded once.
+Together, a pair's score is the matching head's on the product of both poolers. Alone, it is the cosine of the two pooled vectors, so every side is
+encoded once.
 """
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 
 from unimo2_paddle.metrics.retrieval import retrieval_metrics
 from unimo2_paddle.tasks.retrieval import RetrievalEvaluator
@@ -23,9 +24,9 @@ def pool_texts(model, batch, count=None, prefix=""):
     return model.pool_text(model(**{name: batch[prefix + name][:count] for name in TEXT_INPUTS}, first_only=True))
 
 
-def alone_scores(model, query, candidates):
-    """Matching scores ``[B, M]`` of pooled vectors ``[B, H]`` of one side with those ``[M, H]`` of the other."""
-    return paddle.matmul(query * model.matching.weight.reshape([1, -1]), candidates, transpose_y=True) + model.matching.bias
+def alone_scores(query, candidates):
+    """Cosines ``[B, M]`` of pooled vectors ``[B, H]`` of one side with those ``[M, H]`` of the other."""
+    return paddle.matmul(F.normalize(query, axis=-1), F.normalize(candidates, axis=-1), transpose_y=True)
 
 
 class ZeroShotEvaluator(RetrievalEvaluator):
@@ -48,4 +49,4 @@ class ZeroShotEvaluator(RetrievalEvaluator):
         for rows in np.array_split(np.arange(len(dataset.captions)), -(-len(dataset.captions) // self.pair_batch)):
             arrays = dict(zip(TEXT_INPUTS, map(paddle.to_tensor, dataset.text_batch(rows))))
             texts.append(pool_texts(model, arrays))
-        return alone_scores(model, paddle.concat(texts), paddle.concat(images)).numpy()
+        return alone_scores(paddle.concat(texts), paddle.concat(images)).numpy()
