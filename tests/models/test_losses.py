@@ -183,6 +183,7 @@ def test_masked_regions_are_judged_by_class_distribution_and_feature():
     assert hard[1] is None
 
 
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2.6.2 cannot sum an empty tensor")
 def test_a_batch_without_masked_regions_has_no_region_loss():
     none = paddle.zeros([0, 4])
     assert [float(part) for part in masked_region_losses(none, none, none, none)] == [0.0, 0.0]

@@ -149,6 +149,7 @@ def test_the_masked_region_head_predicts_class_and_feature_of_every_region():
     assert build(heads=("masked_region",), image_predict_class=False).region_predictions(states)[0] is None
 
 
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2.6.2 cannot keep the random state of its recompute on CPU")
 def test_recomputing_gives_the_same_gradients():
     inputs = batch()
     gradients = []

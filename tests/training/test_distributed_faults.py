@@ -41,7 +41,8 @@ shard = distributed.start(timeout=60)
 layer = paddle.nn.Linear(2, 2, weight_attr=paddle.ParamAttr(name="w", initializer=paddle.nn.initializer.Constant(1.0)),
                          bias_attr=paddle.ParamAttr(name="b"))
 assert distributed.any_worker(shard.rank == 1, shard) is True and distributed.any_worker(False, shard) is False
-layer.weight.grad = paddle.ones([2, 2]) if shard.rank == 1 else None
+if shard.rank == 1:
+    layer.weight.grad = paddle.ones([2, 2])
 assert [p.name for p in sharding.with_gradient(layer.parameters())] == ["w"]
 distributed.check_identical(layer.parameters(), shard, 6)
 layer.weight.set_value(np.full([2, 2], 1.0 + shard.rank * 2.0 ** -23, "float32"))
