@@ -212,14 +212,16 @@ def test_a_pair_is_judged_alone_by_the_cosine_of_its_pooled_sides(run):
     assert np.abs(made.model.pool_image(together).numpy() - images.numpy()).max() > 1e-3, "alone, a picture is read without its caption"
 
 
-def test_a_worker_without_masked_words_has_no_word_loss(run):
-    made = run(alone("pairs", "masked_lm"))
+@pytest.mark.parametrize("name, keys", [("masked_lm", ("labels", "predict_from")), ("region_classes", ("region_classes", "predict_regions")),
+                                        ("region_features", ("region_classes", "predict_regions"))])
+def test_a_worker_without_masked_words_or_regions_has_no_loss_of_them(run, name, keys):
+    made = run({**alone("pairs", name), "train.pairs": {**{other: 0.0 for other in NAMES["pairs"]}, name: 1.0, "region_classes": 1.0}})
     batch = made.batch("pairs")
-    for key in ("labels", "predict_from"):
+    for key in keys:
         batch[key] = batch[key][:0]
     terms = made.task.loss(made.model, batch)
     terms["loss"].backward()
-    assert float(terms["loss"]) == 0
+    assert float(terms[f"pairs/{name}"]) == 0 and math.isfinite(float(terms["loss"]))
 
 
 def test_zero_shot_retrieval_during_training_and_from_the_command_line(unimo_pretrain_config, unimo2, tmp_path, demo_data, unimo_corpora):
