@@ -2,6 +2,7 @@
 import difflib
 import logging
 import os
+from typing import Any, Mapping, Sequence, Union
 
 import paddle
 
@@ -11,6 +12,7 @@ from unimo2_paddle.checkpoints.zoo import PREFIX, entries, fetch, find
 from unimo2_paddle.errors import CheckpointError
 from unimo2_paddle.models import unimo, unimo2
 from unimo2_paddle.models.configuration import UnimoConfig, load_config
+from unimo2_paddle.paths import PathLike
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +21,7 @@ _HEAD_PREFIXES = {"pooling": "grounded.pooled_fc_text.", "matching": "grounded.i
 _UNIMO_HEAD_PREFIXES = {"pooling": "pooled_fc_text.", "matching": "match_fc.", "masked_lm": "mask_lm_", "masked_region": "mask_region_"}
 
 
-def save_pretrained(model, directory):
+def save_pretrained(model: Union[unimo2.Unimo2Model, unimo.UnimoModel], directory: PathLike) -> None:
     """Write a model as our own directory: ``config.json`` and ``model.safetensors`` keyed by the authors' variable names.
 
     Args:
@@ -32,7 +34,9 @@ def save_pretrained(model, directory):
     write_checkpoint(directory, parameter_arrays(model), model.config.to_dict())
 
 
-def from_pretrained(name_or_directory, config=None, allow_missing=()):
+def from_pretrained(name_or_directory: PathLike,
+                    config: Union[unimo2.Unimo2Config, UnimoConfig, Mapping[str, Any], str, None] = None,
+                    allow_missing: Sequence[str] = ()) -> Union[unimo2.Unimo2Model, unimo.UnimoModel]:
     """Build a model and load its weights.
 
     Our own directory says by its variables which parts the model has (a text-only model or one without some head is built as

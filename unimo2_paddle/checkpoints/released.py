@@ -12,11 +12,15 @@ import stat
 import struct
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Dict, List, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from unimo2_paddle.errors import CheckpointError
+from unimo2_paddle.paths import PathLike
+
+if TYPE_CHECKING:
+    from paddle.nn import Layer
 
 _HEAD = struct.Struct("<IQIi")  # tensor version, LoD levels, descriptor version, descriptor length
 _BFLOAT16 = 22  # numpy has no such type: read as uint16 and widened to float32, which is exact
@@ -62,7 +66,7 @@ class LoadReport:
     unexpected: List[str] = field(default_factory=list)
     mismatched: List[Mismatch] = field(default_factory=list)
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"{len(self.loaded)} parameters loaded, {len(self.missing)} missing, {len(self.mismatched)} mis-shaped, "
                  f"{len(self.unexpected)} variables of the checkpoint unused"]
         for title, entries in (("missing (kept as they were)", self.missing),
@@ -335,7 +339,7 @@ def new_directory(target):
 # ---- models ----
 
 
-def load_released(model, directory, allow_missing=()):
+def load_released(model: "Layer", directory: PathLike, allow_missing: Sequence[str] = ()) -> LoadReport:
     """Load an authors' directory into a model whose parameters carry the authors' variable names.
 
     Args:
@@ -358,7 +362,7 @@ def load_released(model, directory, allow_missing=()):
     return report
 
 
-def save_released(model, directory):
+def save_released(model: "Layer", directory: PathLike) -> None:
     """Write a model's parameters as an authors' directory, under their ``Parameter.name``."""
     write_released(directory, parameter_arrays(model))
 

@@ -7,13 +7,14 @@ Pillow also reads sizes and EXIF from file headers; it is a dependency of paddle
 import io
 import os
 from dataclasses import dataclass, field
-from typing import List
+from typing import List, Optional, Union
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from unimo2_paddle.errors import ImageError
+from unimo2_paddle.paths import PathLike
 
 # Largest picture decoded by default: 8192 x 8192, 192 MB as RGB. Whatever is asked, Pillow stops at 179 million pixels.
 MAX_PIXELS = 2 ** 26
@@ -97,7 +98,8 @@ def normalise(images):
     return values
 
 
-def load_image(path_or_bytes, image_size, exif=True, max_pixels=MAX_PIXELS, name=None):
+def load_image(path_or_bytes: Union[PathLike, bytes], image_size: int, exif: bool = True, max_pixels: int = MAX_PIXELS,
+               name: Optional[str] = None) -> np.ndarray:
     """A picture file ready for the model: decoded, resized and normalised.
 
     Args:

@@ -12,12 +12,14 @@ lower-casing, no normalisation, no space added in front (reference: unimo2.md se
 import json
 import os
 import unicodedata
+from typing import Iterable, List, Tuple
 
 import numpy as np
 from tokenizers import Tokenizer as BpePipeline
 from tokenizers import models, pre_tokenizers, trainers
 
 from unimo2_paddle.errors import VocabularyError
+from unimo2_paddle.paths import PathLike
 
 FILE_NAMES = ("vocab.txt", "encoder.json", "vocab.bpe")
 REQUIRED_SPECIALS = ("[CLS]", "[PAD]", "[SEP]", "[UNK]", "[MASK]")
@@ -50,14 +52,15 @@ class Tokenizer:
         VocabularyError: a file is missing or malformed, or the three disagree.
     """
 
-    def __init__(self, vocab_file, encoder_json, vocab_bpe):
+    def __init__(self, vocab_file: PathLike, encoder_json: PathLike,
+                 vocab_bpe: PathLike) -> None:
         piece_ids = _read_encoder(encoder_json)
         merges = _read_merges(vocab_bpe, piece_ids, encoder_json)
         tokens, is_special = _read_vocab(vocab_file, piece_ids, encoder_json)
         self._build(tokens, is_special, merges)
 
     @classmethod
-    def from_directory(cls, directory):
+    def from_directory(cls, directory: PathLike) -> "Tokenizer":
         """The tokenizer whose three files are in ``directory``: ``vocab.txt`` ... or the authors' ``<prefix>.vocab.txt`` ...
 
         Raises:
@@ -85,7 +88,7 @@ class Tokenizer:
     def __setstate__(self, state):
         self._build(*state)
 
-    def encode(self, text):
+    def encode(self, text: str) -> List[int]:
         """Vocabulary ids of a text, without special tokens. A lone surrogate counts as U+FFFD.
 
         Args:
@@ -96,12 +99,12 @@ class Tokenizer:
         """
         return self._bpe.encode(_without_surrogates(text)).ids
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: Iterable[str]) -> List[List[int]]:
         """``encode`` for every text: list of lists of int."""
         # One thread on purpose: the library's thread pool must not exist before data workers are forked.
         return [self.encode(text) for text in texts]
 
-    def encode_with_word_starts(self, text):
+    def encode_with_word_starts(self, text: str) -> Tuple[List[int], List[bool]]:
         """Vocabulary ids of a text and which of them begin a word.
 
         A word is a chunk of GPT-2's pre-tokenisation: a run of letters, of digits or of other signs, each with the space
@@ -114,7 +117,7 @@ class Tokenizer:
         words = encoding.word_ids
         return encoding.ids, [word != previous for word, previous in zip(words, [None] + words)]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """The text of vocabulary ids; special tokens are dropped, bytes that are not UTF-8 become U+FFFD.
 
         Args:
@@ -131,7 +134,7 @@ class Tokenizer:
             parts.append(self._piece_bytes[i])
         return b"".join(parts).decode("utf-8", errors="replace")
 
-    def word_start_table(self):
+    def word_start_table(self) -> np.ndarray:
         """Which vocabulary entries begin a word, for data that come as ids without their text.
 
         A piece begins a word when its first character is white space or neither letter nor digit; special tokens do too.

@@ -3,9 +3,12 @@ import dataclasses
 import difflib
 import json
 from dataclasses import dataclass, fields
-from typing import List, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Type, TypeVar, Union
 
 from unimo2_paddle.errors import ConfigError
+from unimo2_paddle.paths import PathLike
+
+Config = TypeVar("Config", bound="ModelConfig")
 
 _CHOICES = {
     "hidden_act": ("gelu", "relu"),
@@ -94,7 +97,7 @@ class ModelConfig:
         return problems
 
     @classmethod
-    def from_dict(cls, values, source="model config", **overrides):
+    def from_dict(cls: Type[Config], values: Mapping[str, Any], source: str = "model config", **overrides: Any) -> Config:
         """A config from a mapping; unknown keys are errors with the nearest known key."""
         merged = {**values, **overrides}
         known = [f.name for f in fields(cls)]
@@ -112,15 +115,15 @@ class ModelConfig:
         return config
 
     @classmethod
-    def from_json(cls, path, **overrides):
+    def from_json(cls: Type[Config], path: PathLike, **overrides: Any) -> Config:
         """A config from a JSON file of the authors' form; ``overrides`` replace single keys."""
         return cls.from_dict(_read_json(path), source=str(path), **overrides)
 
-    def to_dict(self):
+    def to_dict(self) -> Dict[str, Any]:
         """All keys and values as plain Python."""
         return dataclasses.asdict(self)
 
-    def to_json(self, path=None):
+    def to_json(self, path: Optional[PathLike] = None) -> str:
         """The config as JSON text, also written to ``path`` when given."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         if path is not None:
@@ -232,12 +235,12 @@ class Unimo2Config(ModelConfig):
         return problems
 
     @property
-    def grid(self):
+    def grid(self) -> int:
         """Patches per side of an image of ``image_size``."""
         return self.image_size // self.resolution
 
     @property
-    def num_patches(self):
+    def num_patches(self) -> int:
         """Patches of an image of ``image_size``."""
         return self.grid ** 2
 
@@ -303,17 +306,17 @@ class UnimoConfig(ModelConfig):
         return problems
 
     @property
-    def dialog(self):
+    def dialog(self) -> bool:
         """Whether text has roles and turns."""
         return self.role_type_size > 0
 
     @property
-    def text_vocab_size(self):
+    def text_vocab_size(self) -> int:
         """The vocabulary's size under UNIMO-2's name, so that tasks on text need not ask which system they have."""
         return self.vocab_size
 
     @property
-    def text_max_position_embeddings(self):
+    def text_max_position_embeddings(self) -> int:
         """Text positions under UNIMO-2's name."""
         return self.max_position_embeddings
 

@@ -21,13 +21,14 @@ adversarial training  in captioning, visual entailment            none
 Norm epsilon (1e-5), mask bias, GELU, relu poolers, positions from 2 and the tied word head are the same in both.
 """
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Sequence, Tuple
 
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
 from unimo2_paddle.errors import UserInputError
+from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.models.heads import Pooler, RegionPredictor, TiedPredictor
 from unimo2_paddle.models.text import TextEmbedding, text_visibility, visibility_block
 from unimo2_paddle.models.transformer import Encoder, layer_norm, linear
@@ -102,7 +103,7 @@ class UnimoModel(nn.Layer):
             of ours: the authors never released their pre-training heads.
     """
 
-    def __init__(self, config, vision=True, heads=None):
+    def __init__(self, config: UnimoConfig, vision: bool = True, heads: Optional[Sequence[str]] = None) -> None:
         super().__init__()
         heads = ("pooling", "masked_lm") if heads is None else tuple(heads)
         unknown = set(heads) - set(HEADS)
@@ -132,13 +133,16 @@ class UnimoModel(nn.Layer):
                 "mask_region", hidden, config.image_class_size if config.image_predict_class else 0,
                 config.image_embedding_size if config.image_predict_feature else 0, config.hidden_act, std)
 
-    def set_recompute(self, enabled=True):
+    def set_recompute(self, enabled: bool = True) -> None:
         """Recompute layer activations in the backward pass instead of keeping them (memory for time)."""
         self.encoder.recompute = enabled
 
-    def forward(self, image_features=None, image_location=None, image_mask=None, object_ids=None, object_positions=None, object_mask=None,
-                input_ids=None, position_ids=None, text_mask=None, role_ids=None, turn_ids=None, text_delta=None, image_delta=None,
-                first_only=False, caches=None):
+    def forward(self, image_features: Optional[paddle.Tensor] = None, image_location: Optional[paddle.Tensor] = None,
+                image_mask: Optional[paddle.Tensor] = None, object_ids: Optional[paddle.Tensor] = None,
+                object_positions: Optional[paddle.Tensor] = None, object_mask: Optional[paddle.Tensor] = None,
+                input_ids: Optional[paddle.Tensor] = None, position_ids: Optional[paddle.Tensor] = None, text_mask: Optional[paddle.Tensor] = None,
+                role_ids: Optional[paddle.Tensor] = None, turn_ids: Optional[paddle.Tensor] = None, text_delta: Optional[paddle.Tensor] = None,
+                image_delta: Optional[paddle.Tensor] = None, first_only: bool = False, caches: Optional[list] = None) -> UnimoOutput:
         """Encode what is given in one sequence [image ; object tags ; text].
 
         These argument names are the batch interface of every UNIMO task.
@@ -210,24 +214,24 @@ class UnimoModel(nn.Layer):
         if any(dialog) and not self.config.dialog:
             raise UserInputError("role_ids and turn_ids were given, but the config has no role_type_size and turn_type_size (3 and 16 in CoQA)")
 
-    def pool_text(self, out):
+    def pool_text(self, out: UnimoOutput) -> paddle.Tensor:
         """Pooled first text position ``[B, H]``."""
         return self.text_pooler(out.text_states)
 
-    def pool_image(self, out):
+    def pool_image(self, out: UnimoOutput) -> paddle.Tensor:
         """Pooled global region ``[B, H]``."""
         return self.image_pooler(out.image_states)
 
-    def matching_score(self, out):
+    def matching_score(self, out: UnimoOutput) -> paddle.Tensor:
         """Image-text matching score ``[B]`` (retrieval): fc of the product of both poolers, with dropout."""
         fused = F.dropout(self.pool_text(out) * self.pool_image(out), self.config.attention_probs_dropout_prob, training=self.training)
         return self.matching(fused).squeeze(-1)
 
-    def mlm_logits(self, states):
+    def mlm_logits(self, states: paddle.Tensor) -> paddle.Tensor:
         """Vocabulary logits ``[N, V]`` of text states ``[N, H]``: masked words, captions and every generated text."""
         return self.masked_lm(states, self.text.words.weight)
 
-    def region_predictions(self, states):
+    def region_predictions(self, states: paddle.Tensor) -> Tuple[Optional[paddle.Tensor], Optional[paddle.Tensor]]:
         """Of masked regions' states ``[N, H]``: (class logits ``[N, C]``, features ``[N, D]``); ``None`` for what the config turns off."""
         return self.masked_region(states)
 

@@ -1,12 +1,13 @@
 """UNIMO-2: a visual, a text and a grounded Transformer that meet in a dictionary of grounded tokens (arXiv 2203.09067)."""
 from dataclasses import dataclass
-from typing import Optional
+from typing import Optional, Sequence, Tuple
 
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
 from unimo2_paddle.errors import UserInputError
+from unimo2_paddle.models.configuration import Unimo2Config
 from unimo2_paddle.models.grounding import GroundedDictionary, Grounding
 from unimo2_paddle.models.heads import Pooler, TiedPredictor
 from unimo2_paddle.models.text import TextEncoder, source_mask, text_visibility, visibility_block
@@ -85,7 +86,7 @@ class Unimo2Model(nn.Layer):
         heads: which output heads exist; default: pooling, matching, masked_lm, and masked_grounding when ``config.with_grounding_mask``.
     """
 
-    def __init__(self, config, vision=True, heads=None, text=True):
+    def __init__(self, config: Unimo2Config, vision: bool = True, heads: Optional[Sequence[str]] = None, text: bool = True) -> None:
         super().__init__()
         if not text and config.with_grounding_pos:
             raise UserInputError("with_grounding_pos takes its positions from the text encoder, which this model is built without (text=False)")
@@ -127,26 +128,28 @@ class Unimo2Model(nn.Layer):
             self.masked_grounding = TiedPredictor(
                 "grounded.mask_g", hidden, config.num_codebook, config.hidden_act, std, tied=config.weight_sharing)
 
-    def set_recompute(self, enabled=True):
+    def set_recompute(self, enabled: bool = True) -> None:
         """Recompute layer activations in the backward pass instead of keeping them (memory for time)."""
         for part in (self.text, self.vision):
             if part is not None:
                 part.encoder.recompute = enabled
         self.grounded_encoder.recompute = enabled
 
-    def encode_image(self, image):
+    def encode_image(self, image: paddle.Tensor) -> paddle.Tensor:
         """ViT states ``[B, 1+P, H]`` of ``image`` float32 ``[B, S, S, 3]``."""
         if self.vision is None:
             raise UserInputError("this model was built without its visual Transformer (vision=False) but was given an image")
         return self.vision(image)
 
-    def encode_text(self, input_ids, position_ids, text_mask, caches=None):
+    def encode_text(self, input_ids: paddle.Tensor, position_ids: paddle.Tensor, text_mask: paddle.Tensor,
+                    caches: Optional[list] = None) -> paddle.Tensor:
         """Text states ``[B, L, H]`` of ``input_ids``, ``position_ids`` int64 ``[B, L]``, ``text_mask`` ``[B, L]`` or ``[B, L, L]``."""
         if self.text is None:
             raise UserInputError("this model was built without its text encoder (text=False) but was given text")
         return self.text(input_ids, position_ids, text_mask, caches)
 
-    def ground(self, image_states=None, text_states=None, text_mask=None, layout="pair", with_loss=True):
+    def ground(self, image_states: Optional[paddle.Tensor] = None, text_states: Optional[paddle.Tensor] = None,
+               text_mask: Optional[paddle.Tensor] = None, layout: str = "pair", with_loss: bool = True) -> Grounding:
         """Choose grounded tokens; with ``layout="caption"`` from the patches only. Returns a ``Grounding``."""
         valid = None
         if layout == "caption" and image_states is not None:
@@ -157,8 +160,10 @@ class Unimo2Model(nn.Layer):
                 valid = paddle.ones_like(valid)
         return self.dictionary(*self.dictionary.inputs(image_states, text_states, valid), with_loss=with_loss)
 
-    def fuse(self, image_states=None, text_states=None, text_mask=None, layout="pair", grounding=None, token_mask=None, first_only=False,
-             with_grounding_loss=True, caches=None):
+    def fuse(self, image_states: Optional[paddle.Tensor] = None, text_states: Optional[paddle.Tensor] = None,
+             text_mask: Optional[paddle.Tensor] = None, layout: str = "pair", grounding: Optional[Grounding] = None,
+             token_mask: Optional[paddle.Tensor] = None, first_only: bool = False, with_grounding_loss: bool = True,
+             caches: Optional[list] = None) -> Unimo2Output:
         """Run the grounded encoder over [image ; grounded ; text].
 
         Args:
@@ -218,7 +223,8 @@ class Unimo2Model(nn.Layer):
             out.fused_text = fused[:, -1:]
         return out
 
-    def forward(self, image=None, input_ids=None, position_ids=None, text_mask=None, layout="pair", token_mask=None):
+    def forward(self, image: Optional[paddle.Tensor] = None, input_ids: Optional[paddle.Tensor] = None, position_ids: Optional[paddle.Tensor] = None,
+                text_mask: Optional[paddle.Tensor] = None, layout: str = "pair", token_mask: Optional[paddle.Tensor] = None) -> Unimo2Output:
         """Encode what is given and fuse it.
 
         Args:
@@ -244,25 +250,26 @@ class Unimo2Model(nn.Layer):
         text_states = None if input_ids is None else self.encode_text(input_ids, position_ids, text_mask)
         return self.fuse(image_states, text_states, text_mask, layout, token_mask=token_mask)
 
-    def pool_text(self, out):
+    def pool_text(self, out: Unimo2Output) -> paddle.Tensor:
         """Pooled fused text ``[B, H]``."""
         return self.text_pooler(out.fused_text)
 
-    def pool_image(self, out):
+    def pool_image(self, out: Unimo2Output) -> paddle.Tensor:
         """Pooled fused image ``[B, H]``."""
         return self.image_pooler(out.fused_image)
 
-    def fused_features(self, out, fusion=None):
+    def fused_features(self, out: Unimo2Output, fusion: Optional[str] = None) -> paddle.Tensor:
         """Pooled image and text combined by product or sum (``config.fusion_method``), with dropout: ``[B, H]``."""
         text, image = self.pool_text(out), self.pool_image(out)
         fused = text * image if (fusion or self.config.fusion_method) == "mul" else text + image
         return F.dropout(fused, self.config.attention_probs_dropout_prob, training=self.training)
 
-    def matching_logits(self, out, fusion=None):
+    def matching_logits(self, out: Unimo2Output, fusion: Optional[str] = None) -> paddle.Tensor:
         """Image-text matching logits ``[B, 2]``; column 1 = the pair belongs together."""
         return self.matching(self.fused_features(out, fusion))
 
-    def contrastive_features(self, image_states=None, text_states=None, normalise="image"):
+    def contrastive_features(self, image_states: Optional[paddle.Tensor] = None, text_states: Optional[paddle.Tensor] = None,
+                             normalise: str = "image") -> Tuple[Optional[paddle.Tensor], Optional[paddle.Tensor]]:
         """Features of the unimodal encoders for contrastive learning, ``[B, H]`` each (``None`` for an absent side).
 
         With ``with_cmcl_projection`` both are projected and L2-normalised. Without it the authors normalise only the image side
@@ -282,24 +289,24 @@ class Unimo2Model(nn.Layer):
             text = text_states[:, 0]
         return image, text
 
-    def contrastive_score(self, out):
+    def contrastive_score(self, out: Unimo2Output) -> paddle.Tensor:
         """Dot product of the contrastive features, ``[B]`` (no temperature)."""
         image, text = self.contrastive_features(out.image_states, out.text_states)
         return (image * text).sum(axis=-1)
 
-    def retrieval_score(self, out):
+    def retrieval_score(self, out: Unimo2Output) -> paddle.Tensor:
         """matching logit 1 + ``cmcl_score_weight`` * contrastive score, ``[B]``."""
         return self.matching_logits(out)[:, 1] + self.config.cmcl_score_weight * self.contrastive_score(out)
 
-    def temperature(self):
+    def temperature(self) -> paddle.Tensor:
         """The contrastive temperature, clipped to [0.001, 0.5] as when it is used."""
         return self.contrastive_temperature.clip(0.001, 0.5)
 
-    def mlm_logits(self, states):
+    def mlm_logits(self, states: paddle.Tensor) -> paddle.Tensor:
         """Vocabulary logits ``[N, V]`` of fused text states ``[N, H]`` (also the caption head)."""
         return self.masked_lm(states, self.text.words.weight)
 
-    def masked_grounding_logits(self, states):
+    def masked_grounding_logits(self, states: paddle.Tensor) -> paddle.Tensor:
         """Codebook logits ``[N, C]`` of fused grounded states ``[N, H]``."""
         return self.masked_grounding(states, self.dictionary.codebook)
 

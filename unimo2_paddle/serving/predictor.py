@@ -1,7 +1,7 @@
 """Predictions from a checkpoint directory alone: what ``best/`` of a finetuning run holds is enough."""
 import hashlib
 import os
-from typing import NamedTuple, Optional, Union
+from typing import Any, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Union
 
 import numpy as np
 import paddle
@@ -18,6 +18,7 @@ from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import CheckpointError, ImageError, UserInputError
 from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.models.generation import Decoding
+from unimo2_paddle.paths import PathLike
 from unimo2_paddle.serving.results import Answered, Captioned, Classified, Matched, Scored, Written
 from unimo2_paddle.tasks.base import ModelSection, build_backbone, check_vocabulary, to_tensors
 from unimo2_paddle.tasks.captioners import captioner_of
@@ -34,6 +35,8 @@ from unimo2_paddle.tasks.zeroshot import encode_classes
 
 FIELDS = ("image", "text", "text_b")
 ALIASES = {"question": "text", "hypothesis": "text", "sentence": "text", "text_a": "text"}
+
+Result = Union[Answered, Captioned, Classified, Matched, Scored, Written]
 
 
 class Request(NamedTuple):
@@ -63,7 +66,7 @@ class Predictor:
         Predictor("output/vqa/best")(image="a.jpg", question="What is on the table?").answer
     """
 
-    def __init__(self, directory, top=5, regions=None):
+    def __init__(self, directory: PathLike, top: int = 5, regions: Optional[PathLike] = None) -> None:
         self.directory = os.fspath(directory)
         if self.directory.startswith(PREFIX):
             self.directory = checkpoint_path(self.directory)
@@ -86,11 +89,11 @@ class Predictor:
             self.kind.regions = RegionPictures(os.fspath(regions), self.kind.config, self.kind.max_regions)
 
     @property
-    def needs(self):
+    def needs(self) -> Sequence[str]:
         """Names of the inputs that a prediction must have."""
         return self.kind.needs
 
-    def __call__(self, image=None, text=None, text_b=None, **aliases):
+    def __call__(self, image: Any = None, text: Optional[str] = None, text_b: Optional[str] = None, **aliases: Any) -> Result:
         """The result for one input; ``question``, ``hypothesis`` and ``sentence`` are other names of ``text``.
 
         Returns:
@@ -102,7 +105,7 @@ class Predictor:
         given = {"image": image, "text": text, "text_b": text_b, **aliases}
         return self.predict_batch([{name: value for name, value in given.items() if value is not None}])[0]
 
-    def predict_batch(self, requests, batch_size=32, names=()):
+    def predict_batch(self, requests: Iterable[Mapping[str, Any]], batch_size: int = 32, names: Sequence[str] = ()) -> List[Result]:
         """The results of many inputs, in order.
 
         Args:
@@ -120,7 +123,8 @@ class Predictor:
                 pending = []
         return results + (self._run(pending) if pending else [])
 
-    def classify(self, images, classes, templates="photos", batch_size=32):
+    def classify(self, images: Iterable[Any], classes: Iterable[str], templates: Union[str, Sequence[str]] = "photos",
+                 batch_size: int = 32) -> List[Classified]:
         """Zero-shot classification: each picture belongs to the class whose sentences' contrastive features fit it best.
 
         Args:

@@ -1,0 +1,5 @@
+"""The type of everything that names a file or directory."""
+import os
+from typing import Union
+
+PathLike = Union[str, "os.PathLike[str]"]
