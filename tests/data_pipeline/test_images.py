@@ -291,7 +291,8 @@ def bombs():
             (riff((b"VP8X", b"\2" + canvas[1:]), (b"ANIM", bytes(6)),
                   (b"ANMF", bytes(6) + (2999).to_bytes(3, "little") * 2 + bytes(4) + b"VP8 " + struct.pack("<I", len(inner[1])) + inner[1])),
              "not a picture|damaged"),
-        "webp of 16383 x 16383": (riff((b"VP8L", b"\x2f" + (16382 | 16382 << 14).to_bytes(4, "little") + bytes(60))), "too large|not a picture"),  # by Pillow's version
+        # which of both, by Pillow's version
+        "webp of 16383 x 16383": (riff((b"VP8L", b"\x2f" + (16382 | 16382 << 14).to_bytes(4, "little") + bytes(60))), "too large|not a picture"),
         "gif of 65535 x 65535": (bytes(gif), "too large"),
         "bmp of 30000 x 30000": (stored(RGB, "BMP")[:18] + struct.pack("<ii", 30000, 30000) + stored(RGB, "BMP")[26:], "too large|more than the limit"),
         "ppm without its 8000 x 8000 pixels": (b"P6 8000 8000 255\n", "damaged"),
