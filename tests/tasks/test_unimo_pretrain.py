@@ -16,8 +16,8 @@ from unimo2_paddle.errors import ConfigError
 from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.models.unimo import UnimoModel
 from unimo2_paddle.tasks.base import Shard, task_class, to_tensors
-from unimo2_paddle.tasks.unimo_pretrain import hide_regions
 from unimo2_paddle.tasks.unimo_inputs import REGION_INPUTS
+from unimo2_paddle.tasks.unimo_pretrain import hide_regions
 from unimo2_paddle.tasks.unimo_retrieval import TEXT_INPUTS, take
 from unimo2_paddle.tasks.unimo_zeroshot import alone_scores, pool_pictures, pool_texts
 
