@@ -122,7 +122,7 @@ def test_faiss_and_numpy_give_identical_neighbours(pictures):
 
 
 def test_search_equals_a_plain_computation(pictures, monkeypatch):
-    monkeypatch.setattr("unimo2_paddle.augment.retrieval._ROWS", 64)
+    monkeypatch.setattr("unimo2_paddle.vector_search._ROWS", 64)
     features = np.load(pictures.parent / "features.npy").astype(np.float64)
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     for query, (items, scores) in zip(features[:20], EmbeddingIndex(pictures, "numpy").search(features[:20], 300)):

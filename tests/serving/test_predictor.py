@@ -19,7 +19,8 @@ from unimo2_paddle.models.classifier import Unimo2Classifier
 from unimo2_paddle.models.configuration import Unimo2Config
 from unimo2_paddle.models.generation import Decoding
 from unimo2_paddle.models.unimo2 import Unimo2Model
-from unimo2_paddle.serving.index import RetrievalIndex, collect_items
+from unimo2_paddle.serving.index import RetrievalIndex
+from unimo2_paddle.serving.indexing import collect_items
 from unimo2_paddle.serving.results import Answered, Captioned, Classified, Matched, Scored
 from unimo2_paddle.tasks.captioning import CaptioningTask
 from unimo2_paddle.tasks.entailment import EntailmentTask
@@ -260,7 +261,7 @@ def test_wrong_indexes_are_refused(world, predictor, tmp_path):
         copy_vocabulary(world.root / "retrieval" / "vocab", other / "vocab")
     with pytest.raises(UserInputError, match="was not built with the weights"):
         index.search(Predictor(other), world.pictures[0])
-    (tmp_path / "index" / "features.npy").write_bytes(b"nonsense")
+    next((tmp_path / "index").glob("features-*.npy")).write_bytes(b"nonsense")
     with pytest.raises(DataError, match="no usable index"):
         RetrievalIndex.load(tmp_path / "index")
     with pytest.raises(DataError, match="no picture in this folder"):

@@ -1,7 +1,6 @@
 """Related pictures and texts of every record, by BM25 between captions or by the cosine of embeddings.
 
-An embedding index is searched with faiss where it is installed and with numpy where it is not. Both only propose candidates: their scores
-are computed again in float64, rounded to ``DIGITS``, and ordered by (score, position), so both give the same neighbours.
+An embedding index is searched by :mod:`unimo2_paddle.vector_search`.
 """
 import functools
 import hashlib
@@ -20,12 +19,11 @@ from unimo2_paddle.augment.store import RecordWriter
 from unimo2_paddle.augment.tables import TextColumn, TextColumnWriter, open_array, open_column
 from unimo2_paddle.augment.text_index import words
 from unimo2_paddle.errors import DataError, UserInputError
+from unimo2_paddle.vector_search import VectorSearch
 
 WHAT = "embedding index"
-DIGITS = 6
-_MARGIN = 1e-4   # more than float32 products of unit vectors can be off
 _BATCH = 64      # pictures or texts encoded, queries searched at once
-_ROWS = 1 << 16  # rows of features compared at once without faiss
+_ROWS = 1 << 16  # rows of features checked at once
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ class EmbeddingIndex:
             raise DataError(f"{directory}: no usable {WHAT} ({type(error).__name__}); build it again") from None
         if self.features.ndim != 2 or len(self.features) != len(self.owners) or self.kind not in ("images", "texts"):
             raise DataError(f"{directory}: {len(self.owners)} items but features {list(self.features.shape)}; build the index again")
-        self._faiss = _faiss_index(self.features, backend)
+        self._search = VectorSearch(self.features, backend)
 
     def __len__(self):
         return len(self.owners)
@@ -253,53 +251,7 @@ class EmbeddingIndex:
         """
         queries = unit(np.asarray(queries))
         self.check_width(queries)
-        number, found = min(number, len(self)), [None] * len(queries)
-        open_queries, wanted = np.arange(len(queries)), min(len(self), number + 16)
-        while len(open_queries):
-            items, rough = self._candidates(queries[open_queries], wanted)
-            left = []
-            for query, candidates, scores in zip(open_queries, items, rough):
-                candidates = np.sort(candidates)
-                exact = (self.features[candidates].astype(np.float64) * queries[query].astype(np.float64)).sum(1).round(DIGITS)
-                best = np.lexsort((candidates, -exact))[:number]
-                if wanted < len(self) and scores.min() > exact[best[-1]] - _MARGIN:
-                    left.append(query)  # what was left out may be as good as the last one
-                else:
-                    found[query] = (candidates[best], exact[best])
-            open_queries, wanted = np.array(left, np.int64), min(len(self), 4 * wanted)
-        return found
-
-    def _candidates(self, queries, number):
-        if self._faiss is not None:
-            scores, items = self._faiss.search(queries, number)
-            return items, scores
-        items = np.zeros((len(queries), 0), np.int64)
-        scores = np.zeros((len(queries), 0), np.float32)
-        for first in range(0, len(self), _ROWS):
-            block = queries @ self.features[first:first + _ROWS].T
-            scores = np.concatenate([scores, block], 1)
-            items = np.concatenate([items, np.broadcast_to(np.arange(first, first + block.shape[1]), block.shape)], 1)
-            if scores.shape[1] > number:
-                best = np.argpartition(-scores, number - 1, axis=1)[:, :number]
-                scores, items = np.take_along_axis(scores, best, 1), np.take_along_axis(items, best, 1)
-        return items, scores
-
-
-def _faiss_index(features, backend):
-    if backend not in ("auto", "faiss", "numpy"):
-        raise UserInputError(f"--backend {backend}: use auto, faiss or numpy")
-    if backend == "numpy":
-        return None
-    try:
-        import faiss
-    except ImportError:
-        if backend == "faiss":
-            raise UserInputError("--backend faiss: faiss is not installed; pip install faiss-cpu, or use --backend numpy (same results)") from None
-        return None
-    index = faiss.IndexFlatIP(features.shape[1])
-    for first in range(0, len(features), _ROWS):
-        index.add(np.ascontiguousarray(features[first:first + _ROWS]))
-    return index
+        return self._search.search(queries, number)
 
 
 @dataclass(frozen=True)

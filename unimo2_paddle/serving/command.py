@@ -122,7 +122,8 @@ def _requests(path):
 
 
 def _build_index(predictor, args):
-    from unimo2_paddle.serving.index import RetrievalIndex, collect_items
+    from unimo2_paddle.serving.index import RetrievalIndex
+    from unimo2_paddle.serving.indexing import collect_items
 
     kind, items = collect_items(args.source)
     index = RetrievalIndex.build(predictor, kind, items, args.batch_size)

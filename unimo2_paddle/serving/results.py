@@ -64,8 +64,9 @@ class Matched(_Result):
 
 @dataclass(frozen=True)
 class Found(_Result):
-    """One item of an index (a picture file or a sentence) with its score for the query."""
+    """One item of an index (a picture file or a sentence) with its score for the query, and its number in the index."""
 
     item: str
     score: float
     contrastive: float
+    place: int = -1

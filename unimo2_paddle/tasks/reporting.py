@@ -35,20 +35,24 @@ def write_text(path, text):
 
 def thumbnail(image_path):
     """A picture as an ``<img>`` element with the data inside the page; an unreadable one as a note."""
-    import cv2
-
     from unimo2_paddle.data.images import decode_image
     from unimo2_paddle.errors import ImageError
 
     try:
-        image = decode_image(image_path)
+        data = jpeg_bytes(decode_image(image_path), THUMBNAIL)
     except ImageError as error:
         return f"<em>{html.escape(str(error))}</em>"
-    scale = THUMBNAIL / max(image.shape[:2])
-    if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    data = cv2.imencode(".jpg", image[:, :, ::-1])[1].tobytes()
     return f'<img alt="{html.escape(os.path.basename(str(image_path)))}" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
+
+
+def jpeg_bytes(image, edge=0):
+    """A uint8 RGB array ``[H, W, 3]`` as a JPEG file whose longer side is at most ``edge`` pixels (0: as it is)."""
+    import cv2
+
+    scale = edge / max(image.shape[:2])
+    if 0 < scale < 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", image[:, :, ::-1])[1].tobytes()
 
 
 def write_html_report(path, title, metrics, examples, notes=(), tables=()):
