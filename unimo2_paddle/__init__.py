@@ -29,6 +29,7 @@ _PUBLIC = {
     "Tokenizer": "unimo2_paddle.data.tokenizer",
     "load_image": "unimo2_paddle.data.images",
     "Predictor": "unimo2_paddle.serving.predictor",
+    "explain": "unimo2_paddle.serving.explain",
     "LoadReport": "unimo2_paddle.checkpoints.released",
     "load_released": "unimo2_paddle.checkpoints.released",
     "save_released": "unimo2_paddle.checkpoints.released",

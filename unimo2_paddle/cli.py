@@ -9,6 +9,8 @@ from unimo2_paddle.data.region_command import add_arguments as add_feature_argum
 from unimo2_paddle.errors import Unimo2Error, UserInputError
 from unimo2_paddle.runtime import import_paddle, prepare_process
 from unimo2_paddle.serving.command import add_arguments as add_predict_arguments
+from unimo2_paddle.serving.explain_command import add_arguments as add_explain_arguments
+from unimo2_paddle.serving.search_command import add_index_arguments, add_search_arguments
 
 
 def _train(args):
@@ -27,6 +29,24 @@ def _predict(args):
     from unimo2_paddle.serving.command import predict
 
     predict(args)
+
+
+def _explain(args):
+    from unimo2_paddle.serving.explain_command import run
+
+    run(args)
+
+
+def _index(args):
+    from unimo2_paddle.serving.search_command import run_index
+
+    run_index(args)
+
+
+def _search(args):
+    from unimo2_paddle.serving.search_command import run_search
+
+    run_search(args)
 
 
 def _validate(args):
@@ -112,7 +132,7 @@ def _demo(args):
     run_demo(args.out, seed=args.seed)
 
 
-_WITH_PADDLE = (_train, _eval, _predict, _validate, _init, _demo)
+_WITH_PADDLE = (_train, _eval, _predict, _explain, _index, _search, _validate, _init, _demo)
 
 
 def _add_config_arguments(parser):
@@ -140,6 +160,9 @@ def build_parser():
     sub = command("eval", _eval, "Evaluate a checkpoint with a task's evaluators and write the report.")
     _add_config_arguments(sub)
     add_predict_arguments(command("predict", _predict, "Predict from a checkpoint directory: pictures, texts or both in, JSON lines out."))
+    add_explain_arguments(command("explain", _explain, "Show which grounded tokens a picture and a sentence share, and where they come from."))
+    add_index_arguments(command("index", _index, "Index a folder of pictures (or a file of sentences) for search; only what is new is encoded."))
+    add_search_arguments(command("search", _search, "Search an index by a sentence (or by a picture); the best are judged by the whole model."))
     sub = command("validate", _validate, "Check a run configuration and print it resolved, or every error at once.")
     _add_config_arguments(sub)
 
