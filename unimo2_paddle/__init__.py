@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # what __getattr__ below hides from type checkers and editors
     from unimo2_paddle.models.configuration import UnimoConfig as UnimoConfig
     from unimo2_paddle.models.unimo import UnimoModel as UnimoModel
     from unimo2_paddle.models.unimo2 import Unimo2Model as Unimo2Model
+    from unimo2_paddle.serving.explain import explain as explain
     from unimo2_paddle.serving.predictor import Predictor as Predictor
 
 __version__ = "0.1.0"

@@ -4,11 +4,12 @@ Every patch and every word has a relevance for every code of the dictionary; the
 grounded tokens (UNIMO-2, "grounded learning"). A token is *shared* when both sides have a say in it.
 """
 from dataclasses import asdict, dataclass, field
-from typing import Dict, List, Optional
+from typing import Dict, Iterable, List, Optional, Union
 
 import numpy as np
 
 from unimo2_paddle.errors import UserInputError
+from unimo2_paddle.paths import PathLike
 from unimo2_paddle.serving.codes import code_pictures, code_texts, grounded_model, text_batch, word_spans, words_best
 from unimo2_paddle.serving.index import RetrievalIndex
 from unimo2_paddle.serving.predictor import Predictor, read_picture
@@ -74,7 +75,9 @@ class Explanation:
         return values
 
 
-def explain(model, image=None, text=None, corpora=(), tokens=8, nearest=6):
+def explain(model: Union[Predictor, PathLike], image: Union[None, PathLike, bytes, np.ndarray] = None,
+            text: Optional[str] = None, corpora: Iterable[Union[RetrievalIndex, PathLike]] = (), tokens: int = 8,
+            nearest: int = 6) -> Explanation:
     """Explain the grounded tokens of a picture, a sentence, or both.
 
     Args:
