@@ -29,7 +29,7 @@ def offered():
 def test_every_command_is_offered_first(offered):
     commands = command_tree(build_parser())["unimo2"].commands
     assert {"train", "eval", "reproduce", "completion"} <= set(commands) <= set(offered("unimo2", ""))
-    assert offered("unimo2", "rep") == ["reproduce"]
+    assert offered("unimo2", "repr") == ["reproduce"]
 
 
 def test_options_belong_to_their_command(offered):

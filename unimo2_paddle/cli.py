@@ -7,6 +7,7 @@ from unimo2_paddle.augment.command import add_arguments as add_augment_arguments
 from unimo2_paddle.checkpoints.zoo_command import add_download_arguments, add_zoo_arguments
 from unimo2_paddle.data.region_command import add_arguments as add_feature_arguments
 from unimo2_paddle.errors import Unimo2Error, UserInputError
+from unimo2_paddle.reports.command import add_compare_arguments, add_report_arguments
 from unimo2_paddle.runtime import import_paddle, prepare_process
 from unimo2_paddle.serving.command import add_arguments as add_predict_arguments
 from unimo2_paddle.serving.explain_command import add_arguments as add_explain_arguments
@@ -78,6 +79,18 @@ def _status(args):
     from unimo2_paddle.training.status import show_status
 
     show_status(args.run, args.watch)
+
+
+def _report(args):
+    from unimo2_paddle.reports.command import report
+
+    print(report(args))
+
+
+def _compare(args):
+    from unimo2_paddle.reports.command import compare
+
+    print(compare(args))
 
 
 def _zoo(args):
@@ -169,6 +182,9 @@ def build_parser():
     sub = command("status", _status, "Show what a run is doing: progress, losses, speed, checkpoint, whether it is alive.")
     sub.add_argument("run", metavar="OUTPUT", help="output directory of the run, for example output/demo/pretrain")
     sub.add_argument("--watch", type=float, default=0.0, metavar="SECONDS", help="show it again every so many seconds until the run ends; default: once")
+
+    add_report_arguments(command("report", _report, "Write a run's report.html again: curves, expected and measured figures, examples, environment."))
+    add_compare_arguments(command("compare", _compare, "Compare runs: keys that differ, figures, speed, and a page with their curves."))
 
     sub = command("convert", _convert, "Convert a checkpoint between the authors' directories, safetensors and pdparams.")
     sub.add_argument("--from", dest="source", required=True, metavar="PATH", help="checkpoint directory or file to read")

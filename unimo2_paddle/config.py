@@ -5,6 +5,7 @@ loads, overrides, checks and explains; it never evaluates code.
 """
 import dataclasses
 import difflib
+import itertools
 import math
 import os
 import types
@@ -13,6 +14,8 @@ import typing
 import yaml
 
 from unimo2_paddle.errors import ConfigError
+
+SOURCE = "# source: "  # how the header of a run's config.yaml names the file it was made from
 
 
 class _Loader(yaml.SafeLoader):
@@ -60,6 +63,15 @@ def read_yaml(path):
     if not isinstance(values, dict):
         raise ConfigError("must be a mapping with 'task' and groups such as model, data, run", str(path))
     return values
+
+
+def leading_comments(path):
+    """The comment lines above the first key of a YAML file: what a run configuration says about itself."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [line.rstrip() for line in itertools.takewhile(lambda line: line.startswith("#"), file)]
+    except (OSError, UnicodeDecodeError):
+        return []
 
 
 class _Scalar:
@@ -212,6 +224,11 @@ class RunConfig:
     def resolved(self):
         """All groups with every default filled in, as plain Python."""
         return {"task": self.task, **{name: _plain(group) for name, group in self.groups.items()}}
+
+    def header(self):
+        """The comment lines of the file it came from, below one that names the file; a run's ``config.yaml`` keeps those it has."""
+        lines = leading_comments(self.source)
+        return lines if lines and lines[0].startswith(SOURCE) else [SOURCE + str(self.source), *lines]
 
     def to_yaml(self):
         """The resolved configuration as YAML; loading it again gives the same configuration."""

@@ -8,15 +8,15 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # option numbers of glibc's mallopt
 
 
 def _cpu_facts():
-    """Vendor and flags of the first CPU, empty where the system does not tell."""
+    """Vendor, flags and name of the first CPU, empty where the system does not tell."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             block = file.read().split("\n\n")[0]
     except OSError:
-        return "", ()
+        return "", (), ""
     facts = dict(line.partition(":")[::2] for line in block.splitlines())
     facts = {key.strip(): value.strip() for key, value in facts.items()}
-    return facts.get("vendor_id", ""), facts.get("flags", "").split()
+    return facts.get("vendor_id", ""), facts.get("flags", "").split(), facts.get("model name", "")
 
 
 def prepare_process():
@@ -31,7 +31,7 @@ def prepare_process():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = int(os.environ.get("PADDLE_LOCAL_SIZE", os.environ.get("PADDLE_TRAINERS_NUM", "1")))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, workers))))
-    vendor, flags = _cpu_facts()
+    vendor, flags, _ = _cpu_facts()
     if vendor == "AuthenticAMD" and "avx2" in flags:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     _keep_memory()
@@ -46,6 +46,25 @@ def import_paddle():
     with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="No ccache found")
         import paddle  # noqa: F401
+
+
+def describe_environment():
+    """What a run's report tells of where it was carried out, as plain text by name; Paddle must have been imported."""
+    import platform
+    import shlex
+    import sys
+
+    import numpy
+    import paddle
+
+    import unimo2_paddle
+
+    gpus = paddle.device.cuda.device_count() if paddle.is_compiled_with_cuda() else 0
+    device = f"{gpus} x {paddle.device.cuda.get_device_name()}" if gpus else "CPU"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"command": shlex.join(sys.argv), "unimo2_paddle": unimo2_paddle.__version__, "paddle": paddle.__version__, "python": platform.python_version(),
+            "numpy": numpy.__version__, "system": platform.platform(), "processor": _cpu_facts()[2] or platform.machine(), "cores": str(cores),
+            "threads": os.environ.get("OMP_NUM_THREADS", ""), "device": device}
 
 
 def _keep_memory():

@@ -5,15 +5,18 @@ import json
 import os
 
 THUMBNAIL = 160
-_STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+STYLE = ("body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
           "table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.3rem .7rem;text-align:left;vertical-align:top}"
           "th{background:#f4f4f4}.right{border-left:.4rem solid #2a9d4a}.wrong{border-left:.4rem solid #d1432f}"
           ".card{display:flex;gap:1rem;margin:.7rem 0;padding:.5rem .8rem;background:#fafafa}.card img{max-width:10rem;align-self:flex-start}")
 
 
-def write_json(path, values):
+_EXAMPLES = "<!-- examples -->"  # what follows it on a page are examples alone
+
+
+def write_json(path, values, sort_keys=True):
     """Write a mapping as an indented JSON file, all or nothing."""
-    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+    write_text(path, json.dumps(values, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n")
 
 
 def write_predictions(path, rows):
@@ -63,11 +66,11 @@ def write_html_report(path, title, metrics, examples, notes=(), tables=()):
         examples: mappings with ``correct`` (bool), optional ``image`` (path), and other fields shown as text.
         notes: sentences under the headline; tables: (caption, header list, rows) triples, for example a confusion matrix.
     """
-    parts = [f"<!doctype html><meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{html.escape(title)}</title>"
-             f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>"]
+    parts = [page_start(title)]
     parts += [f"<p>{html.escape(note)}</p>" for note in notes]
-    parts.append(_table("Metrics", ["metric", "value"], [[name, f"{value:.4f}"] for name, value in metrics.items()]))
-    parts += [_table(*table) for table in tables]
+    parts.append(table("Metrics", ["metric", "value"], [[name, f"{value:.4f}"] for name, value in metrics.items()]))
+    parts += [table(*one) for one in tables]
+    parts.append(_EXAMPLES)
     for heading, wanted in (("Wrong", False), ("Right", True)):
         chosen = [example for example in examples if bool(example["correct"]) == wanted]
         parts.append(f"<h2>{heading} ({len(chosen)} shown)</h2>")
@@ -75,10 +78,23 @@ def write_html_report(path, title, metrics, examples, notes=(), tables=()):
     write_text(path, "\n".join(parts) + "\n")
 
 
-def _table(caption, header, rows):
-    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
+def page_start(title, style=STYLE):
+    """The first lines of a self-contained page."""
+    return ("<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+            f"<title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1>")
+
+
+def examples_of(path):
+    """The right and wrong examples of a page that :func:`write_html_report` wrote, for another page; "" when it has none."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read().partition(_EXAMPLES)[2].replace("<h2>", "<h3>").replace("</h2>", "</h3>")
+
+
+def table(caption, header, rows):
+    """A captioned ``<table>``; every cell is shown as text. Without a header (all cells empty) there are rows only."""
+    head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header) if any(header) else ""
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<h2>{html.escape(caption)}</h2><table><tr>{head}</tr>{body}</table>"
+    return f"<h2>{html.escape(caption)}</h2><table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
 
 
 def _card(example):

@@ -12,11 +12,15 @@ from unimo2_paddle.checkpoints import store
 from unimo2_paddle.checkpoints.background import Writer
 from unimo2_paddle.checkpoints.pretrained import save_pretrained
 from unimo2_paddle.config import load_run_config
-from unimo2_paddle.errors import CheckpointError, UserInputError
+from unimo2_paddle.errors import CheckpointError, Unimo2Error, UserInputError
+from unimo2_paddle.reports.page import FILE as REPORT
+from unimo2_paddle.reports.page import write_run_report
+from unimo2_paddle.reports.runs import note_evaluations
+from unimo2_paddle.runtime import describe_environment
 from unimo2_paddle.tasks.base import task_class, to_tensors
 from unimo2_paddle.training import distributed
 from unimo2_paddle.training.averaging import WeightAverage
-from unimo2_paddle.training.logging import RunLog
+from unimo2_paddle.training.logging import RunLog, logger
 from unimo2_paddle.training.optim import build_optimizer
 from unimo2_paddle.training.precision import Precision
 from unimo2_paddle.training.profiling import StepProfiler
@@ -124,10 +128,12 @@ class Trainer:
             exits.callback(self.batches.close)
             warning = self._start_output()
             ceiling = matmul_ceiling() if self.first_worker else 0.0
+            exits.callback(self._report)  # last of all: with the end of the log and of the status
             self.log = RunLog(self.output, self.first_worker, self.total, self.done, run.progress, ceiling)
             exits.callback(self.log.close)
             self.status = exits.enter_context(Heartbeat(self.output, self.first_worker, task=self.config.task, workers=self.shard.world_size,
-                                                        total_steps=self.total, step=self.done, best=self.best, bad_steps=self.bad.count))
+                                                        total_steps=self.total, step=self.done, best=self.best, bad_steps=self.bad.count,
+                                                        environment=describe_environment() if self.first_worker else None))
             exits.callback(self.writer.close)
             self._announce(warning, state)
             self.profiler = exits.enter_context(StepProfiler(run.profile, self.output, self.first_worker))
@@ -170,7 +176,7 @@ class Trainer:
             try:
                 os.makedirs(self.output, exist_ok=True)
                 with open(path + ".tmp", "w", encoding="utf-8") as file:
-                    file.write(self.config.to_yaml())
+                    file.write("\n".join(self.config.header()) + "\n" + self.config.to_yaml())
             except OSError as error:
                 raise UserInputError(f"run.output {self.output} cannot be written: {error.strerror}; give another directory") from None
         try:
@@ -233,6 +239,14 @@ class Trainer:
                 self.status.tell(state="stopped", step=self.done)
                 return
         self.writer.wait()
+
+    def _report(self):
+        """Write ``report.html``; a report that cannot be written is no reason for a run to fail."""
+        if self.first_worker:
+            try:
+                write_run_report(self.output)
+            except (Unimo2Error, OSError) as error:
+                logger.warning("no report: %s; try again with unimo2 report %s", error, self.output)
 
     def _tell(self, text):
         """Write a line for people, if there is one."""
@@ -406,6 +420,7 @@ def _ending(trainer, best):
                 f"  unimo2 train -c {os.path.join(output, 'config.yaml')} --resume auto")
     chosen = f"best {best['metric']} {best['value']:.2f} at step {best['step']}; " if best else ""
     return (f"done: {chosen}model in {os.path.join(output, 'best')}, log in {os.path.join(output, 'train.log')}\n"
+            f"report: {os.path.join(output, REPORT)}\n"
             f"board: visualdl --logdir {os.path.join(output, 'vdl')} --language en")
 
 
@@ -435,6 +450,8 @@ def run_evaluators(path, overrides=()):
         os.makedirs(directory, exist_ok=True)
         evaluator.write_report(directory)
         print(f"report: {directory}")
+    note_evaluations(config.run.output, [(evaluator.name, metrics) for evaluator, metrics in judged], config, describe_environment())
+    print(f"page: {write_run_report(config.run.output)}")
     return judged
 
 
