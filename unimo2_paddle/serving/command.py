@@ -1,4 +1,4 @@
-"""``unimo2 predict``: one input from the command line, or many from a JSON-lines file; JSON lines out."""
+"""``unimo2 predict``: one input from the command line, or many from a folder of pictures, a JSON-lines or a CSV file."""
 import json
 import os
 import sys
@@ -8,7 +8,7 @@ from unimo2_paddle.errors import DataError, UserInputError
 
 def add_arguments(parser):
     """The command's arguments."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="best/ of a finetuning run, or a pre-trained model for pairs")
+    parser.add_argument("-m", "--model", required=True, metavar="DIR", help="best/ of a finetuning run, or a pre-trained model for pairs")
     parser.add_argument("--image", metavar="FILE", help="picture; for a model of UNIMO its name in the store of --regions")
     parser.add_argument("--regions", metavar="DIR", help="store of region features (unimo2 features import), for models of UNIMO")
     text = parser.add_mutually_exclusive_group()
@@ -18,8 +18,12 @@ def add_arguments(parser):
     parser.add_argument("--caption", action="store_true", help="say that a caption is wanted: refuses a model that does not caption")
     parser.add_argument("--classes", metavar="A,B,...", help="zero-shot classes for --image, separated by commas, or a text file with one per line")
     parser.add_argument("--templates", metavar="LIST", default="photos", help="sentences for --classes: photos, shapes or a text file; default: photos")
-    parser.add_argument("--input", metavar="FILE", help="JSON lines with the keys image, text (or question, hypothesis, sentence), text_b; - reads them "
-                                                        "from standard input")
+    parser.add_argument("--input", metavar="FILE", help="JSON lines, or a .csv or .tsv file, with the keys image, text (or question, hypothesis, sentence), "
+                                                        "text_b; - reads JSON lines from standard input")
+    parser.add_argument("--images", metavar="FOLDER", help="every picture of a folder, with the --text or --question given; beside --input: where its "
+                                                           "pictures are")
+    parser.add_argument("--output", metavar="FILE", help="write the results of --input or --images here, .csv, .tsv or JSON lines, and show progress")
+    parser.add_argument("--skip-bad", action="store_true", help="write a wrong input with its error and go on (always so for the pictures of --images)")
     parser.add_argument("--retrieve", metavar="INDEX", help="search an index: pictures by --text, sentences by --image")
     parser.add_argument("--build-index", metavar="INDEX", help="write an index of --source")
     parser.add_argument("--source", metavar="PATH", help="folder of pictures or file of sentences, for --build-index")
@@ -44,13 +48,12 @@ def predict(args):
         _build_index(predictor, args)
     elif args.retrieve:
         _retrieve(predictor, args)
-    elif args.input:
+    elif args.input or args.images:
         _many(predictor, args)
     elif args.classes:
         _tell(predictor.classify([args.image], _class_names(args.classes), args.templates)[0].to_json())
     else:
-        given = {"image": args.image, "text": args.text if args.text is not None else args.question, "text_b": args.text_b}
-        _tell(predictor(**given).to_json())
+        _tell(predictor(image=args.image, **_texts(args)).to_json())
 
 
 def _check(args):
@@ -61,12 +64,16 @@ def _check(args):
         raise UserInputError("--build-index and --source go together")
     if sum(map(bool, (args.build_index, args.retrieve, args.input))) > 1:
         raise UserInputError("give one of --input, --retrieve, --build-index")
+    if args.images and (args.retrieve or args.build_index or args.classes or args.image):
+        raise UserInputError("--images goes with --input, or with --text and --text-b")
+    if (args.output or args.skip_bad) and not (args.input or args.images):
+        raise UserInputError("--output and --skip-bad go with --input or --images")
     if (args.build_index or args.input) and single:
         raise UserInputError(f"--{single[0].replace('_', '-')} does not go with --{'build-index' if args.build_index else 'input'}")
     if args.classes is not None and single != ["image"]:
         raise UserInputError("--classes goes with --image alone")
-    if not single and not (args.build_index or args.input):
-        raise UserInputError("nothing to predict from: give --image, --text or --question, or --input FILE")
+    if not single and not (args.build_index or args.input or args.images):
+        raise UserInputError("nothing to predict from: give --image, --text or --question, --images FOLDER, or --input FILE")
 
 
 def _class_names(given):
@@ -84,41 +91,26 @@ def _tell(values):
     print(json.dumps(values, ensure_ascii=False), flush=True)
 
 
+def _texts(args):
+    """The texts of the command line, those that are given."""
+    given = {"text": args.text if args.text is not None else args.question, "text_b": args.text_b}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _many(predictor, args):
-    """Results of a JSON-lines file, in its order, each with the inputs it belongs to."""
-    pending = []
-    for number, request in _requests(args.input):
-        pending.append((number, request))
-        if len(pending) == args.batch_size:
-            _answer(predictor, pending, args)
-            pending = []
-    if pending:
-        _answer(predictor, pending, args)
+    """Results of a folder or a file, in its order, each with the inputs it belongs to."""
+    from tqdm import tqdm
 
+    from unimo2_paddle.serving.many import Output, answer_all, file_requests, folder_requests
 
-def _answer(predictor, numbered, args):
-    names = [f"{args.input}:{number}" for number, _ in numbered]
-    results = predictor.predict_batch([request for _, request in numbered], args.batch_size, names)
-    for (_, request), result in zip(numbered, results):
-        _tell({**request, **result.to_json()})
-
-
-def _requests(path):
-    """Yields (line number, mapping) of a JSON-lines file."""
-    try:
-        with (sys.stdin if path == "-" else open(path, encoding="utf-8")) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    request = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}:{number}: not JSON ({error})") from None
-                if not isinstance(request, dict):
-                    raise DataError(f"{path}:{number}: expected an object with image and texts")
-                yield number, request
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
+    requests = file_requests(args.input, args.images) if args.input else folder_requests(predictor, args.images, _texts(args))
+    total = None if args.input else len(requests)
+    with Output(args.output) as output, tqdm(total=total, desc=predictor.task, unit="input", leave=False, disable=None if args.output else True) as bar:
+        done, wrong = answer_all(predictor, requests, output, args.batch_size, args.skip_bad or not args.input, bar)
+    if args.output:
+        print(f"{done} results in {args.output}")
+    if wrong:
+        print(f"{wrong} of {done} inputs could not be used; their results have an error", file=sys.stderr)
 
 
 def _build_index(predictor, args):
