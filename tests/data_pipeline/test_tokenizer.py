@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unimo2_paddle.data import tokenizer as tokenizer_module
 from unimo2_paddle.data.tokenizer import FILE_NAMES, Tokenizer, train_vocabulary
 from unimo2_paddle.errors import VocabularyError
 
@@ -137,6 +138,22 @@ def test_ids_and_word_starts_equal_the_slow_tokenizer_for_any_text(tokenizer, sl
     ids, starts = slow.encode_with_word_starts(text)
     assert tokenizer.encode(text) == ids
     assert tokenizer.encode_with_word_starts(text) == (ids, starts)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(st.one_of(st.sampled_from([" ", "  ", "\n", "\t ", "'s", "'LL", "'re", " '", "_", "red", " dot", "12", "!?", "\x1c", "\x0b"]),
+                               st.characters(max_codepoint=127)), max_size=25).map("".join))
+def test_words_met_before_have_the_ids_and_starts_of_the_slow_tokenizer(tokenizer, slow, text):
+    expected = slow.encode_with_word_starts(text)
+    for _ in range(2):  # the second time every word is known
+        assert (tokenizer.encode(text), tokenizer.encode_with_word_starts(text)) == (expected[0], expected)
+
+
+def test_a_tokenizer_remembers_a_limited_number_of_words(vocabulary, slow, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_WORDS_KEPT", 3)
+    fresh, text = Tokenizer.from_directory(vocabulary), "a red dot and a green dot by a blue one"
+    assert fresh.encode(text) == fresh.encode(text) == slow.encode_with_word_starts(text)[0]
+    assert len(fresh._words) == 3 and fresh.encode("x" * 1000) and len(fresh._words) == 3
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,7 +11,9 @@ lower-casing, no normalisation, no space added in front (reference: unimo2.md se
 """
 import json
 import os
+import re
 import unicodedata
+from itertools import chain
 from typing import Iterable, List, Tuple
 
 import numpy as np
@@ -34,6 +36,23 @@ def _byte_alphabet():
 
 _BYTE_TO_CHAR = _byte_alphabet()
 _CHAR_TO_BYTE = {char: byte for byte, char in _BYTE_TO_CHAR.items()}
+# GPT-2's words of an ASCII text; those of other texts are found by the library, which knows Unicode's letters and digits.
+_ASCII_WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+_WORDS_KEPT, _LONGEST_KEPT = 1 << 16, 64
+
+
+class _Words(dict):
+    """Ids of every word met before; merging never crosses a word's border, so a word has the same ids wherever it stands."""
+
+    def __init__(self, bpe):
+        super().__init__()
+        self._bpe = bpe
+
+    def __missing__(self, word):
+        ids = self._bpe.encode(word).ids
+        if len(self) < _WORDS_KEPT and len(word) <= _LONGEST_KEPT:
+            self[word] = ids
+        return ids
 
 
 class Tokenizer:
@@ -81,6 +100,7 @@ class Tokenizer:
         piece_to_id = {token: i for i, token in enumerate(tokens) if not is_special[i]}
         self._bpe = BpePipeline(models.BPE(piece_to_id, merges))
         self._bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        self._words = _Words(self._bpe)
 
     def __getstate__(self):
         return self._tokens, self._is_special, self._merges
@@ -97,6 +117,8 @@ class Tokenizer:
         Returns:
             list of int.
         """
+        if isinstance(text, str) and text.isascii():  # a look-up per word is four times as fast as a call of the library per text
+            return list(chain.from_iterable(map(self._words.__getitem__, _ASCII_WORD.findall(text))))
         return self._bpe.encode(_without_surrogates(text)).ids
 
     def encode_batch(self, texts: Iterable[str]) -> List[List[int]]:
@@ -113,6 +135,9 @@ class Tokenizer:
         Returns:
             (ids, starts): list of int and list of bool of equal length.
         """
+        if isinstance(text, str) and text.isascii():
+            words = [self._words[word] for word in _ASCII_WORD.findall(text)]
+            return list(chain.from_iterable(words)), [number == 0 for ids in words for number in range(len(ids))]
         encoding = self._bpe.encode(_without_surrogates(text))
         words = encoding.word_ids
         return encoding.ids, [word != previous for word, previous in zip(words, [None] + words)]
