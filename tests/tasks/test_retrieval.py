@@ -12,6 +12,7 @@ from unimo2_paddle.data.images import normalise
 from unimo2_paddle.data.tokenizer import train_vocabulary
 from unimo2_paddle.errors import ConfigError, DataError, ImageError, UserInputError, VocabularyError
 from unimo2_paddle.metrics.retrieval import retrieval_metrics
+from unimo2_paddle.models.onednn import inference_engine
 from unimo2_paddle.tasks import retrieval, retrieval_scoring
 from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalDataset, RetrievalEval, RetrievalEvaluator, RetrievalTask
 from unimo2_paddle.tasks.retrieval_report import _best
@@ -106,6 +107,17 @@ def test_factored_scores_equal_a_full_forward_of_every_pair(world, overrides, im
     assert expected.std() > 0.01
     np.testing.assert_allclose(evaluator.scores.retrieval, expected, atol=1e-5)
     np.testing.assert_allclose(evaluator.scores.contrastive, contrastive, atol=1e-5)
+
+
+@pytest.mark.parametrize("rerank_k", ["all", 2])
+def test_scores_through_onednn_equal_those_of_the_dynamic_graph(world, rerank_k):
+    model = tiny_model()
+    plain, through = (RetrievalEvaluator(dataset_of(world), image_batch=2, pair_batch=3, rerank_k=rerank_k) for _ in range(2))
+    plain.run(model)
+    with inference_engine(model, "fp32") as differences:
+        through.run(model)
+    np.testing.assert_allclose(through.scores.retrieval, plain.scores.retrieval, atol=1e-5)
+    assert through.metrics == plain.metrics and set(differences) == {"vision", "text", "grounded_encoder"}
 
 
 def test_metrics_are_those_of_both_score_matrices(world):

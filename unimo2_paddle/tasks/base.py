@@ -13,6 +13,7 @@ from unimo2_paddle.checkpoints.zoo import fetch as fetch_from_zoo
 from unimo2_paddle.checkpoints.zoo import find as find_in_zoo
 from unimo2_paddle.errors import CheckpointError, ConfigError, VocabularyError, ZooError
 from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig, load_config
+from unimo2_paddle.models.onednn import PRECISIONS
 from unimo2_paddle.models.unimo import UnimoModel
 from unimo2_paddle.models.unimo2 import Unimo2Model
 from unimo2_paddle.training.optim import OptimConfig
@@ -208,6 +209,8 @@ class RunSection:
     sharding: int = 0               # 1: spread the optimizer's state over the workers; 0: every worker has all of it
     amp: Union[str, bool] = "off"   # half precision on GPU: off, O1 or O2
     amp_dtype: str = "bfloat16"     # or float16, with dynamic loss scaling
+    precision: str = "dynamic"      # of evaluation on CPU: dynamic, or fp32 or bf16 through oneDNN (models/onednn.py)
+    compare_precision: bool = False  # unimo2 eval: judge in the dynamic graph too, and show by how much the metrics differ
     worker_timeout: float = 300.0   # seconds to wait for workers that have not arrived at the start
     check_workers_every: int = 0    # steps between checks that all workers have the same weights; 0: never
 
@@ -224,7 +227,7 @@ class RunSection:
                                          ("check_workers_every", 0), ("worker_timeout", 1), ("skip_bad_steps", 0)) if getattr(self, key) < low] + [
                     f"{key}: {getattr(self, key)!r} is not one of {', '.join(map(str, choices))}"
                     for key, choices in (("graph", ("dynamic", "static", "to_static")), ("sharding", (0, 1, 2, 3)),
-                                         ("amp", ("off", "O1", "O2")), ("amp_dtype", ("bfloat16", "float16")))
+                                         ("amp", ("off", "O1", "O2")), ("amp_dtype", ("bfloat16", "float16")), ("precision", PRECISIONS))
                     if getattr(self, key) not in choices]
 
 

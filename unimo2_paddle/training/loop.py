@@ -13,6 +13,7 @@ from unimo2_paddle.checkpoints.background import Writer
 from unimo2_paddle.checkpoints.pretrained import save_pretrained
 from unimo2_paddle.config import load_run_config
 from unimo2_paddle.errors import CheckpointError, Unimo2Error, UserInputError
+from unimo2_paddle.models.onednn import inference_engine
 from unimo2_paddle.reports.page import FILE as REPORT
 from unimo2_paddle.reports.page import write_run_report
 from unimo2_paddle.reports.runs import note_evaluations
@@ -338,7 +339,8 @@ class Trainer:
         if self.first_worker:
             for evaluator in self._due():
                 started = time.perf_counter()
-                metrics = evaluator.run(self.model)
+                with inference_engine(self.model, self.run_config.precision):
+                    metrics = evaluator.run(self.model)
                 self.log.metrics(self.done, metrics, evaluator.name)
                 shown = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
                 self.log.write(f"step {self.done}, {evaluator.name}: {shown} ({time.perf_counter() - started:.1f} s)")
@@ -444,8 +446,12 @@ def run_evaluators(path, overrides=()):
     model.eval()
     judged = []
     for evaluator in evaluators:
-        judged.append((evaluator, evaluator.run(model)))
+        plain = evaluator.run(model) if config.run.compare_precision else None
+        with inference_engine(model, config.run.precision) as differences:
+            judged.append((evaluator, evaluator.run(model)))
         print(evaluator.table())
+        for line in precision_lines(config.run.precision, differences, judged[-1][1], plain):
+            print(line)
         directory = os.path.join(config.run.output, "predictions")
         os.makedirs(directory, exist_ok=True)
         evaluator.write_report(directory)
@@ -453,6 +459,22 @@ def run_evaluators(path, overrides=()):
     note_evaluations(config.run.output, [(evaluator.name, metrics) for evaluator, metrics in judged], config, describe_environment())
     print(f"page: {write_run_report(config.run.output)}")
     return judged
+
+
+def precision_lines(precision, differences, metrics, plain=None):
+    """What to tell about an evaluation through oneDNN: how far its states are off, and where it was judged twice every metric that differs.
+
+    Args:
+        differences: as ``inference_engine`` yields them; metrics, plain: of this precision and of the dynamic graph.
+    """
+    shown = [f"precision {precision} (oneDNN): states of the first sample differ by " +
+             ", ".join(f"{100 * value:.2g} % ({stack})" for stack, value in differences.items())] if differences else []
+    if plain is not None:
+        changed = [f"  {key:<28}{plain[key]:>10.4f}{metrics[key]:>10.4f}{metrics[key] - plain[key]:>+10.4f}" for key in metrics
+                   if metrics[key] != plain.get(key)]
+        head = f"  {'metric':<28}{'dynamic':>10}{precision:>10}{'change':>10}"
+        shown += [head, *changed] if changed else [f"precision {precision}: no metric differs from dynamic"]
+    return shown
 
 
 def evaluate_from_config(path, overrides=()):
