@@ -132,7 +132,7 @@ def _completion(args):
 def _demo_data(args):
     from unimo2_paddle.data.demo import write_demo_data
 
-    print(write_demo_data(args.out, size=args.size, seed=args.seed), flush=True)
+    print(write_demo_data(args.out, size=args.size, seed=args.seed, world=args.world), flush=True)
     if not args.corpora_only:
         from unimo2_paddle.data.demo_tasks import write_demo_tasks
 
@@ -221,6 +221,7 @@ def build_parser():
     sub.add_argument("--out", required=True, metavar="DIR", help="directory to write (must not exist or be a demo directory)")
     sub.add_argument("--size", type=int, default=4000, metavar="N", help="number of training pairs; default: 4000")
     sub.add_argument("--seed", type=int, default=1, help="seed of the generator; default: 1")
+    sub.add_argument("--world", default="plain", help="plain, or hard: three objects, similar pictures, unmentioned dots, more synonyms; default: plain")
     sub.add_argument("--corpora-only", action="store_true", help="leave out the data of the finetuning tasks")
     sub = command("demo", _demo, "Run the whole demo: data, pre-training, zero-shot retrieval.")
     sub.add_argument("--out", default="output/demo", metavar="DIR", help="output directory; default: output/demo")

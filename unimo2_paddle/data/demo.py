@@ -10,7 +10,8 @@
     OUT/scenes/{train,dev,test}.jsonl                                what is where in every picture, with boxes
     OUT/demo.json                                                    what this is, and figures about it
 
-No combination of objects of a development or test picture occurs in training, neither painted nor written.
+No combination of objects of a development or test picture occurs in training, neither painted nor written. In the hard world (one of
+``shapes.WORLDS``) all scenes have three objects, and two pictures in a row of development and test show the same three.
 """
 import json
 import os
@@ -23,7 +24,7 @@ import cv2
 import numpy as np
 
 from unimo2_paddle.data import shapes
-from unimo2_paddle.data.shapes import Scene, caption, combinations, covering_pairs, draw, paragraph, sample_scene
+from unimo2_paddle.data.shapes import WORLDS, Scene, caption, combinations, covering_pairs, draw, paragraph, sample_scene
 from unimo2_paddle.data.shards import ShardWriter
 from unimo2_paddle.data.tokenizer import train_vocabulary
 from unimo2_paddle.errors import DataError, UserInputError
@@ -50,7 +51,7 @@ class Picture:
     captions: List[str]
 
 
-def write_demo_data(out, size=4000, seed=1):
+def write_demo_data(out, size=4000, seed=1, world="plain"):
     """Writes the demo corpora; the same arguments always give the same bytes.
 
     Args:
@@ -58,6 +59,7 @@ def write_demo_data(out, size=4000, seed=1):
         size: number of training pairs, at least SMALLEST_SIZE. There are half as many further pictures and as many texts;
             dev and test have 300 and 400 pictures (below 400: a quarter and a third of ``size``, at least 20).
         seed: seed of everything random, 0 or more.
+        world: one of ``shapes.WORLDS``.
 
     Returns:
         a summary for the screen.
@@ -70,8 +72,10 @@ def write_demo_data(out, size=4000, seed=1):
         raise UserInputError(f"--size {size}: showing every coloured shape once takes at least {SMALLEST_SIZE} training pairs")
     if seed < 0:
         raise UserInputError(f"--seed {seed}: a seed is 0 or more")
+    if world not in WORLDS:
+        raise UserInputError(f"--world {world}: is not one of {', '.join(WORLDS)}")
     out = os.path.abspath(out)
-    wanted = {"size": size, "seed": seed, "version": GENERATOR_VERSION}
+    wanted = {"size": size, "seed": seed, "version": GENERATOR_VERSION, "world": world}
     kept = _existing(out, wanted)
     if kept is not None:
         return f"{out} already holds these demo data (nothing to do).\n" + _summary(out, kept)
@@ -98,11 +102,12 @@ def _existing(out, wanted):
     try:
         with open(os.path.join(out, "demo.json"), encoding="utf-8") as file:
             about = json.load(file)
-        found = {key: about[key] for key in wanted}
+        found = {key: about[key] for key in wanted if key != "world"}
+        found["world"] = about.get("world", "plain")  # data written before there were two
     except (OSError, ValueError, KeyError, TypeError):
         raise UserInputError(f"{out}: exists and is not a directory of demo data; {remedy}") from None
     if found != wanted:
-        told = ["size {size}, seed {seed}, generator version {version}".format(**values) for values in (found, wanted)]
+        told = ["size {size}, seed {seed}, {world} world, generator version {version}".format(**values) for values in (found, wanted)]
         raise UserInputError(f"{out}: holds other demo data ({told[0]}; wanted: {told[1]}); {remedy}")
     return about
 
@@ -119,14 +124,14 @@ def _start(temporary):
 
 
 def _write(root, wanted):
-    size, seed = wanted["size"], wanted["seed"]
+    size, seed, world = wanted["size"], wanted["seed"], WORLDS[wanted["world"]]
     train_texts, scene_rows, retrieval = [], {split: [] for split in shapes.SPLITS}, []
 
-    first_types = covering_pairs()
+    first_types = covering_pairs() if world.three < 1 else []  # by threes, chance covers all types soon enough
     with ShardWriter(os.path.join(root, "pairs"), "pairs", _RECORDS_PER_SHARD) as writer:
         for number in range(size):
             types = first_types[number] if number < len(first_types) else None
-            picture = _paint(f"pair{number:07d}", _generator(seed, "pairs", number), "train", types)
+            picture = _paint(f"pair{number:07d}", _generator(seed, "pairs", number), "train", world, types)
             shard = writer.write(picture.name, picture.jpeg, picture.captions)
             train_texts += picture.captions
             scene_rows["train"].append(_scene_row(picture, f"pairs/{shard}"))
@@ -134,17 +139,17 @@ def _write(root, wanted):
                 retrieval.append(("train", picture))
     with ShardWriter(os.path.join(root, "images"), "images", _RECORDS_PER_SHARD) as writer:
         for number in range(size // 2):
-            picture = _paint(f"image{number:07d}", _generator(seed, "images", number), "train")
+            picture = _paint(f"image{number:07d}", _generator(seed, "images", number), "train", world)
             shard = writer.write(picture.name, picture.jpeg)
             scene_rows["train"].append(_scene_row(picture, f"images/{shard}"))
     with ShardWriter(os.path.join(root, "texts"), "texts", _RECORDS_PER_SHARD) as writer:
         for number in range(size):
-            text = _tell(_generator(seed, "texts", number))
+            text = _tell(_generator(seed, "texts", number), world)
             writer.write(f"text{number:07d}", texts=[text])
             train_texts.append(text)
-    for split, types in _held_out_types(size, seed).items():
+    for split, types in _held_out_types(size, seed, world).items():
         for number, group in enumerate(types):
-            picture = _paint(f"{split}{number:05d}", _generator(seed, split, number), split, group)
+            picture = _paint(f"{split}{number:05d}", _generator(seed, split, number), split, world, group)
             scene_rows[split].append(_scene_row(picture, f"retrieval/images/{picture.name}.jpg"))
             retrieval.append((split, picture))
 
@@ -163,38 +168,40 @@ def _generator(seed, stream, number):
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(_STREAMS.index(stream), number))))
 
 
-def _held_out_types(size, seed):
-    """The sets of types of the dev and test pictures, all different: three of five sets are pairs, the others triples."""
+def _held_out_types(size, seed, world=WORLDS["plain"]):
+    """The sets of types of the dev and test pictures: pairs, and the world's share of triples; each in ``arrangements`` pictures in a row."""
     counts = {"dev": 300, "test": 400} if size >= 400 else {"dev": max(20, size // 4), "test": max(20, size // 3)}
     groups = {}
     for split, count in counts.items():
         rng = _generator(seed, split + " types", 0)
-        chosen = []
-        for objects, share in ((2, round(0.6 * count)), (3, count - round(0.6 * count))):
+        chosen, count = [], count // world.arrangements
+        pairs = round((1 - world.three) * count)
+        for objects, share in ((2, pairs), (3, count - pairs)):
             sets = combinations(split, objects)
             chosen += [sets[i] for i in rng.permutation(len(sets))[:share]]
-        groups[split] = [chosen[i] for i in rng.permutation(count)]
+        groups[split] = [chosen[i] for i in rng.permutation(count) for _ in range(world.arrangements)]
     return groups
 
 
-def _paint(name, rng, split, types=None):
-    scene = sample_scene(rng, split, types)
-    picture = draw(scene, rng)
+def _paint(name, rng, split, world, types=None):
+    scene = sample_scene(rng, split, types, world.three)
+    picture = draw(scene, rng, world.specks)
     done, jpeg = cv2.imencode(".jpg", picture[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
     if not done:
         raise DataError(f"OpenCV could not encode picture {name} as JPEG")
-    return Picture(name, scene, jpeg.tobytes(), caption(scene, rng, CAPTIONS_PER_PICTURE))
+    return Picture(name, scene, jpeg.tobytes(), caption(scene, rng, CAPTIONS_PER_PICTURE, world.even_words))
 
 
-def _tell(rng):
+def _tell(rng, world):
     """A line of the text corpus; every fifth also, and every tenth only, states how the world is in general."""
     statements = [shapes.GENERAL_STATEMENTS[i] for i in rng.permutation(len(shapes.GENERAL_STATEMENTS))]
     kind, sentences = rng.random(), int(rng.integers(2, 5))
     if kind < 0.1:
         return " ".join(statements[:sentences])
+    scene = sample_scene(rng, "train", three=world.three)
     if kind < 0.3:
-        return paragraph(sample_scene(rng, "train"), rng, sentences - 1) + " " + statements[0]
-    return paragraph(sample_scene(rng, "train"), rng, sentences)
+        return paragraph(scene, rng, sentences - 1, world.even_words) + " " + statements[0]
+    return paragraph(scene, rng, sentences, world.even_words)
 
 
 def _scene_row(picture, file):
@@ -240,7 +247,7 @@ def _describe(wanted, scene_rows, retrieval):
 def _summary(out, about):
     corpora, splits = about["corpora"], about["splits"]
     return "\n".join([
-        f"demo data in {out} (size {about['size']}, seed {about['seed']})",
+        f"demo data in {out} (size {about['size']}, seed {about['seed']}, {about.get('world', 'plain')} world)",
         f"  pre-training: {corpora['pairs']} pairs with {CAPTIONS_PER_PICTURE} captions each, {corpora['images']} pictures, "
         f"{corpora['texts']} texts",
         f"  retrieval:    {splits['train']['retrieval_pictures']} train, {splits['dev']['pictures']} val and "

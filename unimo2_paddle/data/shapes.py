@@ -2,6 +2,8 @@
 
 A scene holds two or three objects of 8 colours x 6 shapes x 2 sizes on a textured background. Which two (colour, shape)
 may meet is decided by the split: a combination that occurs in development or test scenes occurs nowhere in training.
+
+``WORLDS`` are two settings of the same generator: the plain one, and a hard one for experiments in which nothing may be solved easily.
 """
 import hashlib
 import itertools
@@ -137,16 +139,17 @@ def covering_pairs():
     return list(zip(_CIRCLE[:half], _CIRCLE[half:]))
 
 
-def sample_scene(rng, split, types=None):
+def sample_scene(rng, split, types=None, three=0.4):
     """Draws a scene.
 
     Args:
         rng: numpy Generator; the scene is a function of its state.
         split: "train", "dev" or "test"; every two objects are a combination of it.
-        types: the (colour, shape) of the objects, or None to draw two (60 %) or three (40 %).
+        types: the (colour, shape) of the objects, or None to draw two or three.
+        three: how often three are drawn.
     """
     if types is None:
-        types = _sample_types(rng, split, 2 if rng.random() < 0.6 else 3)
+        types = _sample_types(rng, split, 2 if rng.random() < 1 - three else 3)
     while True:
         objects = _place([types[i] for i in rng.permutation(len(types))], rng)
         relations = _relations(objects)
@@ -209,9 +212,12 @@ def _relations(objects):
     return tuple(found)
 
 
-def draw(scene, rng):
-    """Paints a scene; returns uint8 [PICTURE_SIZE, PICTURE_SIZE, 3] RGB."""
+def draw(scene, rng, specks=0):
+    """Paints a scene over at most ``specks`` dots; returns uint8 [PICTURE_SIZE, PICTURE_SIZE, 3] RGB."""
     picture = np.ascontiguousarray(_background(scene.background, rng))
+    for _ in range(int(rng.integers(specks + 1)) if specks else 0):
+        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
+        cv2.circle(picture, tuple(int(place) for place in rng.integers(PICTURE_SIZE, size=2)), int(rng.integers(1, 4)), colour, cv2.FILLED, cv2.LINE_AA)
     for thing in scene.objects:
         tint = np.array(COLOURS[thing.colour]) * rng.uniform(0.93, 1.05) + rng.uniform(-7, 7, 3)
         colour = np.clip(tint, 0, 255).round().tolist()
@@ -258,6 +264,26 @@ def _make_outlines():
 
 _OUTLINES = _make_outlines()
 
+
+@dataclass(frozen=True)
+class World:
+    """How much there is to tell apart.
+
+    Attributes:
+        three: share of the scenes with three objects, the others have two.
+        arrangements: how many held-out pictures show the same objects, differing in sizes, places and relations alone.
+        specks: at most so many dots of the objects' colours in a picture, which no caption mentions.
+        even_words: synonyms are as frequent as the usual words.
+    """
+
+    three: float = 0.4
+    arrangements: int = 1
+    specks: int = 0
+    even_words: bool = False
+
+
+WORLDS = {"plain": World(), "hard": World(three=1.0, arrangements=2, specks=12, even_words=True)}
+
 # {A}: a large red circle; {the_A}: the circle, or the red circle where another circle is near; {at_A}: at the top left;
 # {AB}: how A stands to B (left of); {A_it}: the same without naming B (to its left). C stands in relation to {the_X},
 # which is A or B.
@@ -286,52 +312,54 @@ GENERAL_STATEMENTS = (
 )
 
 
-def caption(scene, rng, n=5):
+def caption(scene, rng, n=5, even_words=False):
     """Returns ``n`` different sentences about a scene; each names colour and shape of every object, and is true.
 
-    Four of five also name the sizes, and most the relations. At most as many as there are sentence patterns (9).
+    Four of five also name the sizes, and most the relations. At most as many as there are sentence patterns (9). With ``even_words``
+    synonyms are as frequent as the usual words.
     """
     patterns = _PAIR_CAPTIONS if len(scene.objects) == 2 else _TRIPLE_CAPTIONS
     if n > len(patterns):
         raise ValueError(f"at most {len(patterns)} captions per scene, not {n}")
     chosen = rng.permutation(len(patterns))[:n]
-    return [_sentence(patterns[i], _words(scene, rng, with_sizes=rng.random() < 0.8)) for i in chosen]
+    return [_sentence(patterns[i], _words(scene, rng, with_sizes=rng.random() < 0.8, even=even_words)) for i in chosen]
 
 
-def paragraph(scene, rng, sentences):
+def paragraph(scene, rng, sentences, even_words=False):
     """Returns ``sentences`` sentences about one scene in a line: what there is, then true facts about it."""
     patterns = _PAIR_CAPTIONS if len(scene.objects) == 2 else _TRIPLE_CAPTIONS
-    words = _words(scene, rng, with_sizes=rng.random() < 0.5)
+    words = _words(scene, rng, with_sizes=rng.random() < 0.5, even=even_words)
     told = [_sentence(patterns[rng.integers(len(patterns))], words)]
     while len(told) < sentences:
-        fact = _sentence(_FACTS[rng.integers(len(_FACTS))], _words(scene, rng, names=words["names"]))
+        fact = _sentence(_FACTS[rng.integers(len(_FACTS))], _words(scene, rng, names=words["names"], even=even_words))
         if fact not in told:
             told.append(fact)
     return " ".join(told)
 
 
-def _words(scene, rng, with_sizes=True, names=None):
+def _words(scene, rng, with_sizes=True, names=None, even=False):
     """The values of a sentence's slots for a random choice of who is A, B and C."""
+    half, most = (None, None) if even else (0.5, 0.75)
     count = len(scene.objects)
     orders = [order for order in itertools.permutations(range(count)) if _tellable(scene, order)]
     order = orders[rng.integers(len(orders))]
-    names = names or [_pick(rng, SHAPES[thing.shape], 0.75) for thing in scene.objects]
+    names = names or [_pick(rng, SHAPES[thing.shape], most) for thing in scene.objects]
     words = {"names": names}
     for slot, i in zip("ABC", order):
         thing = scene.objects[i]
-        size = _pick(rng, SIZES[thing.size], 0.5)
+        size = _pick(rng, SIZES[thing.size], half)
         alone = sum(other.shape == thing.shape for other in scene.objects) == 1
         words[slot] = "a " + (size + " " if with_sizes else "") + f"{thing.colour} {names[i]}"
         words["the_" + slot] = "the " + ("" if alone else thing.colour + " ") + names[i]
         words["at_" + slot] = say_place(thing.place)
     thing = scene.objects[order[0]]
-    words.update(a_size=_pick(rng, SIZES[thing.size], 0.5), a_colour=thing.colour)
+    words.update(a_size=_pick(rng, SIZES[thing.size], half), a_colour=thing.colour)
     relation = scene.relation(order[0], order[1])
-    words["AB"] = _pick(rng, RELATIONS[relation], 0.5)
+    words["AB"] = _pick(rng, RELATIONS[relation], half)
     words["A_it"] = f"to its {relation.split()[0]}" if relation.endswith(" of") else f"{relation} it"
     if count == 3:
         anchor = next(k for k in (1, 0) if scene.relation(order[2], order[k]))
-        words["CX"] = _pick(rng, RELATIONS[scene.relation(order[2], order[anchor])], 0.5)
+        words["CX"] = _pick(rng, RELATIONS[scene.relation(order[2], order[anchor])], half)
         words["the_X"] = words["the_" + "AB"[anchor]]
     return words
 
@@ -343,7 +371,9 @@ def _tellable(scene, order):
 
 
 def _pick(rng, words, usual):
-    """The first word with probability ``usual``, else one of the others."""
+    """The first word with probability ``usual``, else one of the others; any of them when ``usual`` is ``None``."""
+    if usual is None:
+        return words[rng.integers(len(words))]
     return words[0] if len(words) == 1 or rng.random() < usual else words[1 + rng.integers(len(words) - 1)]
 
 

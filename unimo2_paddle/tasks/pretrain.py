@@ -1,7 +1,8 @@
 """UNIMO-2 pre-training over image-caption pairs, images and texts (design notes section 6; the authors never released theirs)."""
 import os
 from dataclasses import dataclass, field
-from typing import Dict
+from fnmatch import fnmatchcase
+from typing import Dict, List
 
 import numpy as np
 import paddle
@@ -15,6 +16,7 @@ from unimo2_paddle.models.losses import contrastive_loss, visual_contrastive_los
 from unimo2_paddle.models.parallel import gather_rows, mean_over_all, rank
 from unimo2_paddle.models.transformer import length
 from unimo2_paddle.tasks.base import Task, build_unimo2, check_vocabulary, normalise_tensor
+from unimo2_paddle.tasks.dictionary_health import DictionaryHealth, has_code_choice
 from unimo2_paddle.tasks.finetune import copy_vocabulary
 from unimo2_paddle.tasks.retrieval import RetrievalData, RetrievalEval, evaluation_mode, retrieval_evaluators
 from unimo2_paddle.tasks.work import pretraining_work
@@ -116,6 +118,7 @@ class PretrainTrain:
     matching_temperature: float = 1.0  # of the softmax over similarities that draws negatives; large = uniform
     text_for_matching: str = "clean"  # "masked": matching shares the masked-word pass, as the authors' single-text batches do (faster)
     visual_temperature: float = 0.1
+    frozen: List[str] = field(default_factory=list)  # name patterns of parameters that keep their initial values, for example "*_temperature"
     pairs: PairObjectives = field(default_factory=PairObjectives)
     images: ImageObjectives = field(default_factory=ImageObjectives)
     texts: TextObjectives = field(default_factory=TextObjectives)
@@ -140,12 +143,18 @@ class PretrainTrain:
 
 @dataclass
 class PretrainEval(RetrievalEval):
-    """Zero-shot retrieval during pre-training: ``annotations`` empty = none."""
+    """Zero-shot retrieval during pre-training: ``annotations`` empty = none. ``dictionary_every``: steps between looks at the use of the
+    dictionary on the same pictures; 0 = never, and a model without such a dictionary is never looked at."""
 
     split: str = "val"
     annotations: str = ""
     images: str = ""
     format: str = "karpathy"
+    dictionary_every: int = 0
+
+    def problems(self):
+        found = super().problems()
+        return found + ([] if self.dictionary_every >= 0 else [f"dictionary_every: must be at least 0, is {self.dictionary_every}"])
 
 
 class PretrainTask(Task):
@@ -202,7 +211,15 @@ class PretrainTask(Task):
         return pretraining_work(self.model_config, batch, self.config.train)
 
     def build_model(self):
-        return build_unimo2(self.config.model, self.config.run.seed, self.model_config)
+        model = build_unimo2(self.config.model, self.config.run.seed, self.model_config)
+        for pattern in self.config.train.frozen:
+            found = [parameter for parameter in model.parameters() if fnmatchcase(parameter.name, pattern)]
+            if not found:
+                raise ConfigError(f"train.frozen: no parameter is called {pattern!r}; the names are in the header of a checkpoint's "
+                                  "model.safetensors")
+            for parameter in found:
+                parameter.stop_gradient = True
+        return model
 
     def train_batches(self, shard, state=None):
         config, train, mixture = self.config, self.config.train, self.config.mixture
@@ -245,6 +262,8 @@ class PretrainTask(Task):
                              max_text_len=self.config.data.max_text_len)
         evaluators = retrieval_evaluators(data, config, self.model_config, self.tokenizer)
         self._shown = evaluators[0].dataset
+        if config.dictionary_every and has_code_choice(self.model_config):
+            evaluators.append(DictionaryHealth(self._shown, every_steps=config.dictionary_every))
         return evaluators
 
     def save_assets(self, directory):
