@@ -9,7 +9,7 @@
 Claims: dictionary (grounded against baseline), unpaired (images and texts without partners), skills (joint learning against one corpus),
 ablations, and rewriting (UNIMO; runs tools/rewriting_ablation.py). Every run leaves one JSON file in --results; a file that is there is not
 computed again. Every arm gets the same steps, tokens (within a few per cent) and, where shapes allow, initial weights; its learning rate is
-the best of the same small grid on the development split with seed 1. Exit status: 0 done, 2 wrong input, 130 interrupted.
+the best of the same small grid on the development split, with seed 1 and the middle number of pairs. Exit status: 0 done, 2 wrong input, 130 interrupted.
 """
 import argparse
 import dataclasses
@@ -153,18 +153,22 @@ class Results:
         """Keep a result, in one piece."""
         os.makedirs(self.directory, exist_ok=True)
         path = self.path(run)
+        lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
         with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+            file.write("{\n" + ",\n".join(lines) + "\n}\n")
         os.replace(path + ".tmp", path)
 
     def best_rate(self, arm, size, rates):
-        """The learning rate of an arm that seed 1 does best with on the development split; ``None`` while the grid is not complete."""
+        """The learning rate of an arm that seed 1 does best with on the development split.
+
+        Raises:
+            UserInputError: the grid is not complete.
+        """
         from claims_outcomes import HIGHER_IS_BETTER
 
         judged = [(self.read(Run(arm, size, rate, 1)), rate) for rate in rates]
         if any(result is None for result, _ in judged):
-            return None
+            raise UserInputError(f"{self.directory}: lacks a learning rate of {arm.name} at {size} pairs, seed 1; run the whole sweep")
         sign = 1 if HIGHER_IS_BETTER[arm.select] else -1
         return max(judged, key=lambda one: sign * one[0]["dev"][arm.select])[1]
 
@@ -187,7 +191,7 @@ class Experiment:
             groups.setdefault(CLAIMS[claim], seeds or SEEDS[claim])
         for arms, count in groups.items():
             for seed in range(1, count + 1):
-                for size in sorted(self.sweep.pairs):
+                for size in sorted(self.sweep.pairs, key=lambda size: (size != self.sweep.middle, size)):
                     for arm in arms:
                         if not arm.all_sizes and size != self.sweep.middle:
                             continue
@@ -195,8 +199,8 @@ class Experiment:
 
     def _missing(self, arm, size, seed):
         rates = self.sweep.learning_rates if arm.trained else [0.0]
-        if seed > 1:
-            rates = [self.results.best_rate(arm, size, rates)]
+        if seed > 1 or size != self.sweep.middle:
+            rates = [self.results.best_rate(arm, self.sweep.middle, rates)]
         for run in (Run(arm, size, rate, seed) for rate in rates):
             if self.results.read(run, self.settings(run)) is None:
                 yield run
@@ -226,7 +230,7 @@ class Experiment:
         if run.arm.trained:
             told.update(logged(os.path.join(directory, "metrics.jsonl")))
             shutil.rmtree(os.path.join(directory, "checkpoints"), ignore_errors=True)  # the model is in best/
-        self.results.write(run, {**told, **judged})
+        self.results.write(run, {**told, **{split: {key: round(value, 4) for key, value in values.items()} for split, values in judged.items()}})
 
     def _initial(self, seed, keys):
         """The weights that all arms of a seed start from: those of the whole grounded model."""

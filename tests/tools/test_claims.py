@@ -42,7 +42,7 @@ def test_arms_differ_in_their_keys_alone_and_do_the_same_work(sweep, tmp_path, m
     configs = {arm.name: load_run_config(sweep.config, [*experiment.keys(claims.Run(arm, 400, 1e-3, 2)), "model.init="]) for arm in arms}
     assert len(configs) == len(arms) == 15
     assert {(c.train.steps, c.run.seed, c.optim.learning_rate, str(c.mixture.global_batch)) for c in configs.values()} == {
-        (240, 2, 1e-3, "{'pairs': 32, 'images': 56, 'texts': 28}")}
+        (200, 2, 1e-3, "{'pairs': 32, 'images': 56, 'texts': 28}")}
     assert {c.data.pairs[0].shards for c in configs.values()} == {sweep.pairs[400]}
     assert configs["baseline-all"].model.model_config().model_type == "baseline"
     assert configs["baseline-pairs"].mixture.weights == {"pairs": 1.0} == configs["grounded-pairs"].mixture.weights
@@ -60,12 +60,12 @@ def test_the_grid_is_tried_with_seed_1_and_what_the_development_split_prefers_go
         score = run.rate if run.arm.name.startswith("grounded") else -run.rate  # the larger rate helps the grounded arms alone
         results.write(run, {**claims.describe(run), "settings": experiment.settings(run), "dev": {"r1": score, "text_loss": -score, "classes": score}})
     main = [run for run in carried_out if run.arm in claims.MAIN]
-    assert len(main) == 4 * 3 * 3, "two rates with seed 1, one with seed 2"
+    assert len(main) == 4 * (2 + 1 + 1 + 3), "two rates with seed 1 in the middle, else one"
     assert len(carried_out) == len(main) + 2 * 3 + 2, "two arms of one size, and the weights nobody trained"
     for run in main:
-        if run.seed == 2:
-            assert run.rate == (3e-3 if run.arm.name.startswith("grounded") else 1e-3)
-    assert [run.seed for run in main] == [1] * 24 + [2] * 12, "seed by seed, so that a part of the sweep compares all arms"
+        if run.seed == 2 or run.size != 400:
+            assert run.rate == (4e-3 if run.arm.name.startswith("grounded") else 2e-3)
+    assert [run.seed for run in main] == [1] * 16 + [2] * 12, "seed by seed, so that a part of the sweep compares all arms"
     assert not list(experiment.plan(["dictionary"], seeds=2)), "what is there is not done again"
     assert {run.seed for run in experiment.plan(["dictionary"], seeds=3)} == {3}
 
@@ -140,6 +140,8 @@ def test_a_report_without_results_and_no_seed_are_status_2(tmp_path, capsys):
 
 def test_the_committed_results_are_read():
     directory = ROOT / "docs" / "claims" / "results"
+    if not directory.is_dir():
+        pytest.skip("the sweep has not run yet")
     results = report.read_results(directory)
     assert results and all(r["test"]["ir_r1"] >= 0 and r["dev"] for r in results)
     assert all(json.dumps(r).count("/") < 20 for r in results), "no paths"

@@ -211,8 +211,8 @@ class PretrainTask(Task):
         return pretraining_work(self.model_config, batch, self.config.train)
 
     def build_model(self):
-        model = build_unimo2(self.config.model, self.config.run.seed, self.model_config)
-        for pattern in self.config.train.frozen:
+        model, patterns = build_unimo2(self.config.model, self.config.run.seed, self.model_config), self.config.train.frozen
+        for pattern in patterns:
             found = [parameter for parameter in model.parameters() if fnmatchcase(parameter.name, pattern)]
             if not found:
                 raise ConfigError(f"train.frozen: no parameter is called {pattern!r}; the names are in the header of a checkpoint's "
