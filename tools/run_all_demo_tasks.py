@@ -1,13 +1,15 @@
 """`python tools/run_all_demo_tasks.py`: every task's demo in sequence, judged once on its test split, against baselines and bars.
 
-Needs the demo's data and, for UNIMO-2, its pre-trained model (bash tools/demo.sh). `--family unimo` runs the demos of UNIMO, the first system,
-which start from scratch. What is finished is kept in <out>/demo_tasks.json and not run again; an
-interrupted training goes on. Exit status: 0 every bar met, 1 one missed or a demo failed, 2 wrong input.
+Needs the demo's data and, for UNIMO-2, its pre-trained model (bash tools/demo.sh). `--family unimo` runs the demos of UNIMO, the first system:
+its pre-training, what starts from that (retrieval, entailment), and what starts from scratch. What is finished is kept in
+<out>/demo_tasks.json and not run again; an interrupted training goes on. `cpu min` is the processor time of training, of all threads: on a
+machine with nothing else to do, about the minutes times the cores. Exit status: 0 every bar met, 1 one missed or a demo failed, 2 wrong input.
 """
 import argparse
 import hashlib
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
@@ -30,7 +32,8 @@ class Demo:
 
     ``metric``: of the evaluator named like the split. ``baseline``: a key of that evaluator's ``baselines`` (``EVALUATOR/metric`` = a
     metric of another evaluator, ``zero-shot`` = the same metric of the pre-trained model before training), or a number; of several in a
-    tuple the best counts. ``pretrained``: whether it starts from the demo's pre-trained UNIMO-2. ``stores``: what it reads of ``STORES``.
+    tuple the best counts. ``start``: the pre-trained model it starts from, below the demo's directory; empty: from scratch. ``prepare``: what it
+    reads that is made of the demo's data: a key of ``STORES``, or "all": what tools/prepare_unimo_demo.sh makes.
     ``bar``: ("at least", value), ("points above", value), ("times", factor), ("errors gone", share), or ("at least and above", value).
     """
 
@@ -41,8 +44,8 @@ class Demo:
     bar: tuple
     train: bool = True
     overrides: tuple = ()
-    pretrained: bool = True
-    stores: str = ""
+    start: str = "pretrain/best"
+    prepare: str = ""
 
 
 STORES = {  # stores of region features: kind -> (store, file or list of files of the demo's data), both below the demo's directory
@@ -67,7 +70,7 @@ DEMOS = (
 
 def _text_demo(name, config, metric, baseline, bar):
     """A demo of UNIMO on text alone, from scratch."""
-    return Demo(name, f"unimo/{config}", metric, baseline, bar, pretrained=False)
+    return Demo(name, f"unimo/{config}", metric, baseline, bar, start="")
 
 
 def _copied(metric):
@@ -75,16 +78,18 @@ def _copied(metric):
     return f"first sentence {metric}", f"most frequent target {metric}"
 
 
-def _picture_demo(name, task, metric, baseline, bar, stores="bottom_up", overrides=()):
-    """A demo of UNIMO on detector regions, from scratch."""
-    return Demo(name, f"unimo/{task}/demo.yaml", metric, baseline, bar, pretrained=False, stores=stores, overrides=overrides)
+def _picture_demo(name, config, metric, baseline, bar, start="unimo/pretrain/best", prepare="bottom_up", overrides=()):
+    """A demo of UNIMO on detector regions."""
+    return Demo(name, f"unimo/{config}", metric, baseline, bar, start=start, prepare=prepare, overrides=overrides)
 
 
 UNIMO_DEMOS = (
-    _picture_demo("retrieval, text to image", "retrieval", "ir_r1", 100 / 300, ("times", 10.0), overrides=RETRIEVAL_TEST),
-    _picture_demo("retrieval, image to text", "retrieval", "tr_r1", 100 / 300, ("times", 10.0), overrides=RETRIEVAL_TEST),
-    _picture_demo("captioning", "captioning", "cider", "nearest_neighbour/cider", ("at least and above", 1.0)),
-    _picture_demo("visual entailment", "entailment", "accuracy", 100 / 3, ("at least", 70.0), stores="entailment"),
+    _picture_demo("zero-shot, text to image", "pretrain_demo.yaml", "ir_r1", 100 / 300, ("times", 10.0), "", "all", RETRIEVAL_TEST),
+    _picture_demo("zero-shot, image to text", "pretrain_demo.yaml", "tr_r1", 100 / 300, ("times", 10.0), "", "all", RETRIEVAL_TEST),
+    _picture_demo("retrieval, text to image", "retrieval/demo.yaml", "ir_r1", "zero-shot", ("errors gone", 1 / 3), overrides=RETRIEVAL_TEST),
+    _picture_demo("retrieval, image to text", "retrieval/demo.yaml", "tr_r1", "zero-shot", ("errors gone", 1 / 3), overrides=RETRIEVAL_TEST),
+    _picture_demo("captioning", "captioning/demo.yaml", "cider", "nearest_neighbour/cider", ("at least and above", 1.0), ""),
+    _picture_demo("visual entailment", "entailment/demo.yaml", "accuracy", 100 / 3, ("at least", 70.0), prepare="entailment"),
     _text_demo("sentiment (SST-2's format)", "glue/demo_sst2.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
     _text_demo("inference (MNLI's format)", "glue/demo_mnli.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
     _text_demo("acceptability (CoLA's format)", "glue/demo_cola.yaml", "accuracy", "majority accuracy", ("points above", 15.0)),
@@ -160,18 +165,24 @@ def fingerprint(config_path, model):
         return digest.hexdigest()[:16]
     weights = os.path.join(model, "model.safetensors")
     if not os.path.isfile(weights):
-        raise CheckpointError(f"{weights} does not exist; make the demo's data and model first: bash tools/demo.sh (or give --out)")
+        how = f"{sys.argv[0]} --family unimo --only zero-shot" if "unimo" in Path(model).parts[-3:] else "bash tools/demo.sh"
+        raise CheckpointError(f"{weights} does not exist; make the demo's data and model first: {how} (or give --out)")
     digest.update(Path(weights).read_bytes())
     return digest.hexdigest()[:16]
 
 
 def start_of(demo, out):
     """The directory of the pre-trained model a demo starts from, ``None`` from scratch."""
-    return os.path.join(out, "pretrain", "best") if demo.pretrained else None
+    return os.path.join(out, demo.start) if demo.start else None
 
 
-def make_stores(kind, out):
-    """Import the demo's region files of a kind into the stores that are missing."""
+def prepare(kind, out):
+    """Make what is missing of a demo's ``prepare``: import region files into stores, for "all" also rewrite captions and retrieve texts."""
+    if kind == "all":
+        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path}
+        subprocess.run(["bash", str(ROOT / "tools" / "prepare_unimo_demo.sh"), out], check=True, env=environment)
+        return
     from unimo2_paddle.data.formats.coco_captions import filelist_paths
     from unimo2_paddle.data.region_import import import_regions
 
@@ -213,16 +224,17 @@ class Runner:
         run = self.kept.setdefault(demo.config, {"fingerprint": mark, "output": output})
         test = ["eval.split=test", *demo.overrides]
         if demo.baseline == "zero-shot" and "zero_shot" not in run:
+            prepare(demo.prepare, self.out)
             judged = self.judge(config, [*test, f"model.init={model}", f"run.output={output}_zeroshot"])
             run["zero_shot"] = dict(judged[0][1])
             self._save()
         if "metrics" not in run:
-            make_stores(demo.stores, self.out)
-            started = time.perf_counter()
+            prepare(demo.prepare, self.out)
+            started = time.perf_counter(), time.process_time()
             if demo.train:
                 self._save()
                 self.train(config, resume="auto")
-                run["minutes"] = round((time.perf_counter() - started) / 60, 2)
+                run["minutes"], run["processor_minutes"] = (round((now() - then) / 60, 2) for now, then in zip((time.perf_counter, time.process_time), started))
                 test.append(f"model.init={os.path.join(output, 'best')}")
             judged = self.judge(config, test)
             run["metrics"] = {evaluator.name: dict(metrics) for evaluator, metrics in judged}
@@ -240,7 +252,8 @@ class Runner:
             raise UserInputError(f"{demo.config}: the evaluation has no metric {demo.metric!r}; it has {', '.join(run['metrics'][run['first']])}")
         value = run["metrics"][run["first"]][demo.metric]
         return {"task": demo.name, "metric": demo.metric, "value": value, "baseline": baseline, "needed": threshold(demo.bar, baseline),
-                "bar": f"{demo.bar[0]} {demo.bar[1]:.3g}", "met": is_met(demo.bar, value, baseline), "minutes": run.get("minutes")}
+                "bar": f"{demo.bar[0]} {demo.bar[1]:.3g}", "met": is_met(demo.bar, value, baseline), "minutes": run.get("minutes"),
+                "processor_minutes": run.get("processor_minutes")}
 
     def _save(self, rows=None):
         os.makedirs(self.out, exist_ok=True)
@@ -267,15 +280,15 @@ class Runner:
 
 def format_table(rows):
     """The rows as text."""
-    lines = [f"{'task':<32}{'metric':<12}{'value':>8}{'baseline':>10}{'needed':>9}  {'verdict':<8}{'minutes':>8}"]
+    lines = [f"{'task':<32}{'metric':<12}{'value':>8}{'baseline':>10}{'needed':>9}  {'verdict':<8}{'minutes':>8}{'cpu min':>9}"]
     for row in rows:
         if "failed" in row:
             lines.append(f"{row['task']:<32}{row['metric']:<12}{'':>27}  failed: {row['failed'].splitlines()[0][:80]}")
             continue
         baseline = "" if row["baseline"] is None else f"{row['baseline']:.2f}"
-        minutes = "" if row["minutes"] is None else f"{row['minutes']:.1f}"
+        minutes, processor = ("" if row.get(key) is None else f"{row[key]:.1f}" for key in ("minutes", "processor_minutes"))
         verdict = "met" if row["met"] else "MISSED"
-        lines.append(f"{row['task']:<32}{row['metric']:<12}{row['value']:>8.2f}{baseline:>10}{row['needed']:>9.2f}  {verdict:<8}{minutes:>8}")
+        lines.append(f"{row['task']:<32}{row['metric']:<12}{row['value']:>8.2f}{baseline:>10}{row['needed']:>9.2f}  {verdict:<8}{minutes:>8}{processor:>9}")
     return "\n".join(lines)
 
 

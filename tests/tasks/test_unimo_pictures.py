@@ -235,6 +235,18 @@ def test_captions_learn_from_rewards_with_regions_too(make):
     assert np.isfinite(float(terms["loss"])) and np.isfinite(float(terms["reward"]))
 
 
+def test_captions_beyond_the_limit_are_counted_with_or_without_token_ids(make, world, caplog):
+    for changes in ({}, {"data__format": "store", "data__annotations": "", "data__regions": str(world / "told_{split}")}):
+        caplog.clear()
+        data = task_of(make("captioning", data__max_text_len=12, **changes)).split("train")
+        cut = sum(len(data.references(n)[k].split()) > 10 for n, k in data.items)
+        assert "captions are longer than data.max_text_len 12 and lose their end" in caplog.text and cut <= data.cut_captions() < len(data)
+        assert max(len(data.sample(index, None)["caption"]) for index in range(20)) == 12
+    caplog.clear()
+    task_of(make("captioning", data__max_text_len=60)).split("train")
+    assert "lose their end" not in caplog.text
+
+
 @pytest.mark.parametrize("task, changes, told", [
     ("entailment", {"data__regions": ""}, ["images: is empty", "store of region features"]),
     ("entailment", {"data__regions": "", "data__images": "pictures"}, ["data.regions: is empty", "unimo2 features import"]),

@@ -141,7 +141,7 @@ def test_a_tie_with_the_baseline_is_not_above_it(tool):
     assert not tool.is_met(("at least and above", 1.0), 1.2, 1.2)
 
 
-def test_the_family_unimo_starts_from_scratch_and_beats_the_better_of_two_baselines(tool, tmp_path, capsys):
+def test_unimos_texts_start_from_scratch_and_beat_the_better_of_two_baselines(tool, tmp_path, capsys):
     class Texts(Fakes):
         def judge(self, config, overrides):
             judged = super().judge(config, overrides)
@@ -159,6 +159,27 @@ def test_the_family_unimo_starts_from_scratch_and_beats_the_better_of_two_baseli
     assert run(tool, tmp_path / "again", Texts(value=59.0), "--family", "unimo", "--only", "CoQA") == 1
 
 
+def test_unimos_pictures_start_from_its_own_pretraining_which_comes_first(tool, tmp_path, monkeypatch, capsys):
+    class Pretraining(Fakes):
+        def train(self, config, resume):
+            super().train(config, resume)
+            if "pretrain" in config:
+                best = tmp_path / "unimo" / "pretrain" / "best"
+                best.mkdir(parents=True)
+                (best / "model.safetensors").write_bytes(b"weights")
+
+    prepared = []
+    monkeypatch.setattr(tool, "prepare", lambda kind, out: prepared.append(kind))
+    fakes = Pretraining(value=80.0)
+    assert run(tool, tmp_path, fakes, "--family", "unimo", "--only", "retrieval") == 2, "nothing is pre-trained yet"
+    assert "--only zero-shot" in capsys.readouterr().err
+    assert run(tool, tmp_path, fakes, "--family", "unimo", "--only", "zero-shot", "--only", "retrieval") == 0
+    assert fakes.trained == ["unimo_pretrain_demo.yaml", "unimo_retrieval_demo.yaml"] and prepared[0] == "all" and "bottom_up" in prepared
+    assert fakes.judged[1] == ("unimo_retrieval_demo.yaml", [f"model.init={tmp_path}/unimo/pretrain/best"])
+    rows = json.loads((tmp_path / "demo_tasks.json").read_text())["table"]
+    assert [row["needed"] for row in rows] == pytest.approx([10 / 3, 10 / 3, 60.0, 60.0]) and rows[0]["processor_minutes"] is not None
+
+
 def test_every_demo_names_a_config_of_ours(tool):
     for demo in tool.FAMILIES["all"]:
         values = yaml.safe_load((ROOT / "run_configs" / demo.config).read_text())
@@ -172,7 +193,7 @@ def test_missing_stores_of_region_features_are_made_from_the_demo_data(tool, tmp
         (files.parent / f"{name}_vocab.txt").write_text("thing\n")
     for number, split in enumerate(("train", "dev"), 1):
         (files / f"{split}.tsv").write_text(format_regions(record(number), BOTTOM_UP) + "\n")
-    tool.make_stores("bottom_up", str(tmp_path))
-    tool.make_stores("bottom_up", str(tmp_path))  # what is there is kept
+    tool.prepare("bottom_up", str(tmp_path))
+    tool.prepare("bottom_up", str(tmp_path))  # what is there is kept
     found = {split: list(RegionStore(tmp_path / "unimo" / "regions" / split)) for split in ("train", "val")}
     assert found == {"train": ["1"], "val": ["2"]} and not (tmp_path / "unimo" / "regions" / "test").exists()

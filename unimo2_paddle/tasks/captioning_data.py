@@ -1,4 +1,5 @@
 """Captioning data: pictures, their object tags and captions, as samples and batches."""
+import logging
 import os
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from unimo2_paddle.data.region_store import RegionStore
 from unimo2_paddle.errors import DataError
 from unimo2_paddle.tasks.unimo_inputs import MAX_REGIONS, image_arrays, region_problems
 
+logger = logging.getLogger(__name__)
 FORMATS = ("karpathy", "coco", "filelist", "store")
 
 
@@ -142,6 +144,10 @@ class CaptionDataset:
         dataset = cls(images, tokenizer, image_size, data, tags, by_caption, regions)
         if not dataset.items:
             raise DataError(f"{data.annotations or data.regions}: split {split!r} has no captions to learn from")
+        cut = dataset.cut_captions() if by_caption else 0
+        if cut:
+            logger.warning("%s: %d of %d captions are longer than data.max_text_len %d and lose their end", data.annotations or data.regions, cut,
+                           len(dataset), data.max_text_len)
         return dataset
 
     def __len__(self):
@@ -170,6 +176,16 @@ class CaptionDataset:
             return with_special_tokens(self.tokenizer.encode(image.captions[k]), self.tokenizer, most)
         ids = image.tokens[k]
         return ids if len(ids) <= most else ids[: most - 1] + [self.tokenizer.sep_id]
+
+    def cut_captions(self):
+        """How many captions :meth:`caption_ids` cuts."""
+        most, count = self.data.max_text_len, 0
+        for image in self.images:
+            if image.tokens:
+                count += sum(len(ids) > most for ids in image.tokens)
+            else:  # a text has at most as many tokens as bytes, so most need not be encoded
+                count += sum(len(text.encode()) > most - 2 and len(self.tokenizer.encode(text)) > most - 2 for text in image.captions)
+        return count
 
     def references(self, number):
         """The captions of a picture as texts."""
