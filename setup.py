@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parent
 
 INSTALL_REQUIRES = [
     "matplotlib>=3.6",
+    "numba>=0.60,<0.69",  # fused Transformer layers on CPU
     "nltk>=3.8",  # Porter's stemmer, in ROUGE
     "numpy>=1.23,<2",
     "opencv-python>=4.6",

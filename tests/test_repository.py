@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unimo2_paddle"
 SOURCES = sorted(path for room in ("unimo2_paddle", "tools", "tests") for path in (ROOT / room).rglob("*.py"))
+PYTHONS = ("3.9", "3.10", "3.11")
 REQUIREMENT_FILES = sorted(ROOT.glob("requirements*.txt"))
 MAX_LINES = 600
 
@@ -85,7 +86,8 @@ def test_every_requirement_is_pinned_once_with_a_reason(path):
     for line, requirement, reason in requirement_lines(path):
         assert re.fullmatch(r"==[\w.]+", str(requirement.specifier)), f"not pinned: {line}"
         assert len(reason) >= 6, f"no reason: {line}"
-        names.append(requirement.name)
+        names += [(requirement.name, python) for python in PYTHONS
+                  if requirement.marker is None or requirement.marker.evaluate({"python_version": python})]
     assert names and len(names) == len(set(names))
 
 

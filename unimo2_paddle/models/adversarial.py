@@ -20,6 +20,8 @@ from typing import Dict, List
 import paddle
 import paddle.nn.functional as F
 
+from unimo2_paddle.models import fused
+
 KINDS = ("none", "villa", "freelb_text", "freelb_image")
 FORMS = ("authors", "textbook")
 NORMS = ("l2", "inf")
@@ -116,13 +118,14 @@ def climb(delta, gradient, settings):
     return delta * paddle.where(compared > limit, limit / compared.clip(min=1e-8), paddle.ones_like(compared))
 
 
-def _gradient(objective, delta, norm_scales):
+def _gradient(objective, delta, parameters):
     """The gradient of a pass's objective at its perturbation.
 
-    The norms' scales are asked for as well: on CPU, Paddle (measured: 3.3.1) computes a layer norm's input gradient without the scale
-    when the scale's own gradient is not wanted.
+    Parameters are asked for as well. The norms' scales always: on CPU, Paddle (measured: 3.3.1) computes a layer norm's input gradient
+    without the scale when the scale's own gradient is not wanted. And all of a fused layer's: Paddle allows its backward pass no
+    gradient that nobody asked for.
     """
-    return paddle.grad(objective, [delta, *norm_scales], retain_graph=True, allow_unused=True)[0].detach()
+    return paddle.grad(objective, [delta, *parameters], retain_graph=True, allow_unused=True)[0].detach()
 
 
 def adversarial_loss(model, forward, loss, masks, widths, settings, noise=None, keep_steps=False):
@@ -142,7 +145,7 @@ def adversarial_loss(model, forward, loss, masks, widths, settings, noise=None, 
     count, sides, with_clean = settings.adv_step, settings.sides, settings.with_pure_model
     textbook = settings.form == "textbook"
     deltas = {side: initial_perturbation(masks[side], widths[side], settings, (noise or {}).get(side)) for side in sides}
-    norm_scales = [p for p in model.parameters() if p.name.endswith("layer_norm_scale") and not p.stop_gradient]
+    asked = [p for p in model.parameters() if not p.stop_gradient and (fused.enabled() or p.name.endswith("layer_norm_scale"))]
     divergence_weight = settings.adv_kl_weight / (count if textbook else 1)
     result = AdversarialLoss(None, {})
 
@@ -166,7 +169,7 @@ def adversarial_loss(model, forward, loss, masks, widths, settings, noise=None, 
                 add("divergence", divergence)
                 climbed = own + divergence if textbook else own
             if iteration + 1 < count or keep_steps:
-                gradient = _gradient(climbed, delta, norm_scales)
+                gradient = _gradient(climbed, delta, asked)
                 deltas[side] = climb(delta.detach(), gradient, settings)
                 if keep_steps:
                     step[side] = {"delta": delta.detach(), "gradient": gradient, "logits": logits.detach()}

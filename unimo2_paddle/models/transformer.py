@@ -6,6 +6,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from unimo2_paddle.models import fused
+
 MASK_BIAS = 1e4
 
 
@@ -168,11 +170,16 @@ class EncoderLayer(nn.Layer):
     def _dropout(self, states):
         return F.dropout(states, self.hidden_dropout, training=self.training) if self.hidden_dropout else states
 
-    def forward(self, states, bias=None, rows=None, cache=None):
-        """Update ``states`` [B, T, H]; with ``rows`` (indices) only those positions are computed and returned, [B, len(rows), H]."""
+    def forward(self, states, bias=None, rows=None, cache=None, fuse=False):
+        """Update ``states`` [B, T, H]; with ``rows`` (indices) only those positions are computed and returned, [B, len(rows), H].
+
+        ``bias`` is that of :func:`mask_to_bias` [B, heads, T, T]; with ``fuse`` (see ``models/fused.py``) the mask itself [B, T, T].
+        """
         queries = states if rows is None else paddle.index_select(states, rows, axis=1)
         if bias is not None and rows is not None:
-            bias = paddle.index_select(bias, rows, axis=2)
+            bias = paddle.index_select(bias, rows, axis=-2)
+        if fuse:
+            return fused.encoder_layer(self, states, None if rows is None else queries, bias)
         if self.pre_norm:
             normed = self.attention_norm(states)
             normed_queries = normed if rows is None else self.attention_norm(queries)
@@ -196,7 +203,7 @@ class Encoder(nn.Layer):
     def __init__(self, name, layers, hidden_size, num_heads, activation, hidden_dropout, attention_dropout, init_std,
                  pre_norm=False, epsilon=1e-5):
         super().__init__()
-        self.num_heads, self.recompute = num_heads, False
+        self.num_heads, self.pre_norm, self.recompute = num_heads, pre_norm, False
         prefix = f"{name}." if name else ""
         self.layers = nn.LayerList([
             EncoderLayer(f"{prefix}encoder_layer_{i}", hidden_size, num_heads, activation, hidden_dropout, attention_dropout, init_std,
@@ -214,7 +221,8 @@ class Encoder(nn.Layer):
         Returns:
             ``[B, T, H]``, or ``[B, len(rows), H]``.
         """
-        bias = None if mask is None else mask_to_bias(mask, self.num_heads)
+        fuse = caches is None and not (self.pre_norm and rows is not None) and fused.applies(states, mask)
+        bias = mask if fuse or mask is None else mask_to_bias(mask, self.num_heads)
         for number, layer in enumerate(self.layers):
             last = rows if number == len(self.layers) - 1 else None
             if caches is not None:
@@ -223,9 +231,9 @@ class Encoder(nn.Layer):
                 from paddle.distributed.fleet.utils import recompute
 
                 # the re-entrant form breaks inside DataParallel (measured, Paddle 3.3.1)
-                states = recompute(layer, states, bias, use_reentrant=False)
+                states = recompute(layer, states, bias, fuse=fuse, use_reentrant=False)
             else:
-                states = layer(states, bias, last)
+                states = layer(states, bias, last, fuse=fuse)
         return states
 
     def step(self, states, caches, bias=None):

@@ -12,6 +12,7 @@ from unimo2_paddle.checkpoints.zoo import cached_path
 from unimo2_paddle.checkpoints.zoo import fetch as fetch_from_zoo
 from unimo2_paddle.checkpoints.zoo import find as find_in_zoo
 from unimo2_paddle.errors import CheckpointError, ConfigError, VocabularyError, ZooError
+from unimo2_paddle.models import fused
 from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig, load_config
 from unimo2_paddle.models.onednn import PRECISIONS
 from unimo2_paddle.models.unimo import UnimoModel
@@ -203,6 +204,7 @@ class RunSection:
     early_stop: int = 0             # stop after so many evaluations without a better one; 0: never
     progress: bool = True
     graph: str = "dynamic"          # static: Programs in one process; to_static: traced encoders in the dynamic loop
+    kernels: str = "auto"           # auto: layers fused by numba on CPU; plain: Paddle's operations one by one
     skip_bad_steps: int = 0         # so many steps whose loss or gradient is not finite are left out before the run stops
     trial_save: bool = True         # write and read back a checkpoint before training starts
     profile: List[int] = field(default_factory=list)  # first and last step that Paddle's profiler looks at, for example [10, 20]
@@ -226,7 +228,7 @@ class RunSection:
                         for key, low in (("log_every", 1), ("save_every", 0), ("early_stop", 0), ("keep_last", 1), ("seed", 0),
                                          ("check_workers_every", 0), ("worker_timeout", 1), ("skip_bad_steps", 0)) if getattr(self, key) < low] + [
                     f"{key}: {getattr(self, key)!r} is not one of {', '.join(map(str, choices))}"
-                    for key, choices in (("graph", ("dynamic", "static", "to_static")), ("sharding", (0, 1, 2, 3)),
+                    for key, choices in (("graph", ("dynamic", "static", "to_static")), ("kernels", fused.KINDS), ("sharding", (0, 1, 2, 3)),
                                          ("amp", ("off", "O1", "O2")), ("amp_dtype", ("bfloat16", "float16")), ("precision", PRECISIONS))
                     if getattr(self, key) not in choices]
 

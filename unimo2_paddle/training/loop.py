@@ -13,6 +13,7 @@ from unimo2_paddle.checkpoints.background import Writer
 from unimo2_paddle.checkpoints.pretrained import save_pretrained
 from unimo2_paddle.config import load_run_config
 from unimo2_paddle.errors import CheckpointError, Unimo2Error, UserInputError
+from unimo2_paddle.models import fused
 from unimo2_paddle.models.onednn import inference_engine
 from unimo2_paddle.reports.page import FILE as REPORT
 from unimo2_paddle.reports.page import write_run_report
@@ -146,6 +147,7 @@ class Trainer:
         """Model, optimizer and average, continued from the checkpoint to resume; returns its state."""
         run, optim = self.run_config, self.config.optim
         self.model = self.task.build_model()
+        fused.choose(run.kernels)
         if run.recompute:
             distributed.check_recompute()
             self.model.set_recompute()
