@@ -85,7 +85,8 @@ def train(values_of, unimo2, tmp_path):
 
     def run(task, name, changes=None, *arguments):
         values = values_of(task)
-        for path, value in {"run.output": str(tmp_path / name), "eval.every_epochs": 0, **(changes or {})}.items():
+        # plain layers draw the dropout masks that a static Program draws
+        for path, value in {"run.output": str(tmp_path / name), "run.kernels": "plain", "eval.every_epochs": 0, **(changes or {})}.items():
             group, key = path.split(".")
             if path != "eval.every_epochs" or task != "pretrain":
                 values.setdefault(group, {})[key] = value

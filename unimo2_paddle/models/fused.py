@@ -6,6 +6,7 @@ with ``run.kernels: plain`` or ``UNIMO2_KERNELS=plain`` in the environment, ``En
 ``paddle.grad`` with respect to a few tensors must ask for the parameters of the fused layers on the way too, or use the plain form:
 Paddle refuses gradients of an operation of ours that nobody asked for.
 """
+import contextlib
 import functools
 import importlib
 import os
@@ -27,6 +28,16 @@ def choose(kind):
     global _chosen
     before, _chosen = _chosen, kind
     return before
+
+
+@contextlib.contextmanager
+def plain():
+    """Inside, layers run as they are written."""
+    before = choose("plain")
+    try:
+        yield
+    finally:
+        choose(before)
 
 
 @functools.lru_cache(maxsize=None)

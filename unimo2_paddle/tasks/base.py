@@ -204,7 +204,7 @@ class RunSection:
     early_stop: int = 0             # stop after so many evaluations without a better one; 0: never
     progress: bool = True
     graph: str = "dynamic"          # static: Programs in one process; to_static: traced encoders in the dynamic loop
-    kernels: str = "auto"           # auto: layers fused by numba on CPU; plain: Paddle's operations one by one
+    kernels: str = "auto"           # auto: layers fused by numba on CPU where graph is dynamic; plain: Paddle's operations one by one
     skip_bad_steps: int = 0         # so many steps whose loss or gradient is not finite are left out before the run stops
     trial_save: bool = True         # write and read back a checkpoint before training starts
     profile: List[int] = field(default_factory=list)  # first and last step that Paddle's profiler looks at, for example [10, 20]

@@ -13,6 +13,7 @@ import paddle
 from paddle import nn
 
 from unimo2_paddle.errors import TrainingError, UserInputError
+from unimo2_paddle.models import fused
 from unimo2_paddle.tasks.base import to_tensors
 from unimo2_paddle.training.optim import build_optimizer
 from unimo2_paddle.training.recompute import mark_segments, recompute_segments
@@ -250,7 +251,7 @@ class StaticGraph:
     def _difference(self, kind, batch):
         """What a new Program computes differently from the dynamic graph on the same batch, in words; empty when nothing."""
         state = paddle.get_rng_state()
-        with paddle.no_grad():
+        with paddle.no_grad(), fused.plain():  # fused layers would draw other dropout masks
             expected = {name: float(value) for name, value in self.task.loss(self.model, to_tensors(batch)).items()}
         paddle.set_rng_state(state)
         earlier = {name: np.array(self._variable(name + GRADIENT)) for name in self.trained}  # of the step's micro-batches so far
