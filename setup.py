@@ -30,7 +30,7 @@ EXTRAS_REQUIRE = {
     "pretrained": ["paddlenlp==2.8.1", "paddleclas==2.6.0", "huggingface-hub<1", "aistudio-sdk<0.3", "pyarrow<26"],
     # faiss only makes `unimo2 augment retrieve` faster; textblob is what parses captions.
     "augment": ["textblob>=0.17,<0.21", "faiss-cpu>=1.7.4"],
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100"],
+    "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.40"],
 }
 
 
@@ -56,7 +56,7 @@ setup(
     packages=find_packages(include=["unimo2_paddle", "unimo2_paddle.*"]) + ["unimo2_paddle.run_configs", "unimo2_paddle.model_zoo"],
     # Beside the package in a checkout, inside it in a wheel: config.bundled_config and checkpoints.zoo find both.
     package_dir={"unimo2_paddle.run_configs": "run_configs", "unimo2_paddle.model_zoo": "model_zoo"},
-    package_data={"unimo2_paddle": ["**/*.yaml", "**/*.json", "**/*.txt", "py.typed"], "unimo2_paddle.run_configs": ["**/*.yaml"],
+    package_data={"unimo2_paddle": ["**/*.yaml", "**/*.json", "**/*.txt", "py.typed", "serving/web/static/*"], "unimo2_paddle.run_configs": ["**/*.yaml"],
                   "unimo2_paddle.model_zoo": ["*.yaml", "README.md"]},
     python_requires=">=3.9,<3.12",  # numpy 1.24.4, which paddleclas demands, has no wheels for 3.12
     install_requires=INSTALL_REQUIRES,
