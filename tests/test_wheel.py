@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def data_files():
     """Every file a wheel must hold, as named in it: the package's own, the run configs and the model zoo's registry."""
-    package = [path for path in (ROOT / "unimo2_paddle").rglob("*") if path.suffix in (".py", ".yaml", ".json", ".txt", ".typed")]
+    package = [path for path in (ROOT / "unimo2_paddle").rglob("*") if path.suffix in (".py", ".yaml", ".json", ".txt", ".typed", ".html", ".js", ".css")]
     configs = {f"unimo2_paddle/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "run_configs").rglob("*.yaml")}
     zoo = {f"unimo2_paddle/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "model_zoo").iterdir()}
     return configs | zoo | {path.relative_to(ROOT).as_posix() for path in package}
