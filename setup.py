@@ -30,6 +30,10 @@ EXTRAS_REQUIRE = {
     "pretrained": ["paddlenlp==2.8.1", "paddleclas==2.6.0", "huggingface-hub<1", "aistudio-sdk<0.3", "pyarrow<26"],
     # faiss only makes `unimo2 augment retrieve` faster; textblob is what parses captions.
     "augment": ["textblob>=0.17,<0.21", "faiss-cpu>=1.7.4"],
+    # paddle2onnx 2 for Paddle 3, 1.3 for Paddle 2.6; onnxruntime runs what `unimo2 export --onnx` wrote.
+    "onnx": ["paddle2onnx>=1.3,<3", "onnx>=1.14,<1.18", "onnxruntime>=1.16"],
+    # fastapi-offline brings the API page's scripts, so that it needs no content delivery network.
+    "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20", "fastapi-offline>=1.7"],
     "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.40"],
 }
 

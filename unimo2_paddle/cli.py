@@ -11,6 +11,7 @@ from unimo2_paddle.reports.command import add_compare_arguments, add_report_argu
 from unimo2_paddle.runtime import import_paddle, prepare_process
 from unimo2_paddle.serving.command import add_arguments as add_predict_arguments
 from unimo2_paddle.serving.explain_command import add_arguments as add_explain_arguments
+from unimo2_paddle.serving.export_command import add_arguments as add_export_arguments
 from unimo2_paddle.serving.search_command import add_index_arguments, add_search_arguments
 
 
@@ -48,6 +49,12 @@ def _search(args):
     from unimo2_paddle.serving.search_command import run_search
 
     run_search(args)
+
+
+def _export(args):
+    from unimo2_paddle.serving.export_command import run
+
+    print(run(args))
 
 
 def _validate(args):
@@ -145,7 +152,7 @@ def _demo(args):
     run_demo(args.out, seed=args.seed)
 
 
-_WITH_PADDLE = (_train, _eval, _predict, _explain, _index, _search, _validate, _init, _demo)
+_WITH_PADDLE = (_train, _eval, _predict, _export, _explain, _index, _search, _validate, _init, _demo)
 
 
 def _add_config_arguments(parser):
@@ -176,6 +183,7 @@ def build_parser():
     add_explain_arguments(command("explain", _explain, "Show which grounded tokens a picture and a sentence share, and where they come from."))
     add_index_arguments(command("index", _index, "Index a folder of pictures (or a file of sentences) for search; only what is new is encoded."))
     add_search_arguments(command("search", _search, "Search an index by a sentence (or by a picture); the best are judged by the whole model."))
+    add_export_arguments(command("export", _export, "Export a checkpoint to paddle.inference and ONNX, compared with the model."))
     sub = command("validate", _validate, "Check a run configuration and print it resolved, or every error at once.")
     _add_config_arguments(sub)
 

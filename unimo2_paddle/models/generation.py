@@ -78,18 +78,28 @@ class Hypothesis:
 class PrefixCache:
     """Keys and values of a batch of pictures and their object tags, or of source texts, and of the tokens generated so far.
 
-    Args:
-        model: ``Unimo2Model`` with the masked_lm head, in evaluation mode.
-        image_states: ``[B, 1 + P, H]``, or ``None`` to go on with a text.
-        tags: (input_ids, position_ids, mask), each ``[B, L]``: object tags, or the source text; ``None`` for a picture without tags.
-        attend_padded_tags: see :class:`Decoding`.
+    Made by :meth:`encode`, or for ``model`` alone and filled with ``stacks`` and biases that were stored (an exported model).
     """
 
-    def __init__(self, model, image_states, tags=None, attend_padded_tags=False):
+    BIASES = ("text_bias", "grounded_bias")  # [B, 1, 1, S] over the stacks' prefixes, None where everything is visible
+
+    def __init__(self, model):
         self.model = model
         self.text = [LayerCache() for _ in model.text.encoder.layers]
         self.grounded = [LayerCache() for _ in model.grounded_encoder.layers]
         self.text_bias = self.grounded_bias = None
+
+    @classmethod
+    def encode(cls, model, image_states, tags=None, attend_padded_tags=False):
+        """The cache after the prefix.
+
+        Args:
+            model: ``Unimo2Model`` with the masked_lm head, in evaluation mode.
+            image_states: ``[B, 1 + P, H]``, or ``None`` to go on with a text.
+            tags: (input_ids, position_ids, mask), each ``[B, L]``: object tags, or the source text; ``None`` for a picture without tags.
+            attend_padded_tags: see :class:`Decoding`.
+        """
+        self = cls(model)
         text_states = mask = None
         if tags is not None:
             ids, positions, mask = tags
@@ -102,10 +112,16 @@ class PrefixCache:
             parts = [] if image_states is None else [paddle.zeros_like(image_states[:, :, 0])]
             parts += [] if grounding is None else [(grounding.visible - 1.0) * MASK_BIAS]
             self.grounded_bias = paddle.concat(parts + [self.text_bias[:, 0, 0]], axis=1).unsqueeze([1, 2])
+        return self
+
+    @property
+    def stacks(self):
+        """The layers' caches by stack."""
+        return {"text": self.text, "grounded": self.grounded}
 
     def step(self, tokens, step):
-        """Logits ``[B, K, V]`` of the next token after feeding ``tokens`` int64 ``[B, K]``, the text's number ``step`` (from 0)."""
-        states = self.model.text.embed(tokens, paddle.full_like(tokens, FIRST_POSITION + step))
+        """Logits ``[B, K, V]`` of the next token after feeding ``tokens`` int64 ``[B, K]``, the text's number ``step`` (from 0; or int64 ``[1]``)."""
+        states = self.model.text.embed(tokens, paddle.zeros_like(tokens) + (FIRST_POSITION + step))
         states = self.model.text.encoder.step(states, self.text, self.text_bias)
         states = self.model.grounded_encoder.step(states, self.grounded, self.grounded_bias)
         return self.model.mlm_logits(states)
@@ -120,27 +136,41 @@ class PrefixCache:
 
 
 class SingleStreamCache:
-    """Keys and values of a batch of UNIMO prefixes ([image ; object tags ; source text]), and of the tokens generated so far.
+    """Keys and values of a batch of UNIMO prefixes ([image ; object tags ; source text]), and of the tokens generated so far; made as
+    :class:`PrefixCache`."""
 
-    Args:
-        model: ``UnimoModel`` with the masked_lm head, in evaluation mode.
-        prefix: arguments of ``UnimoModel.forward``; its padded positions are never attended.
-        first_positions: int64 ``[B]``, position of every text's [CLS].
-    """
+    BIASES = ("bias",)  # padded positions of the prefix are never attended
 
-    def __init__(self, model, prefix, first_positions):
-        self.model, self.first = model, first_positions.unsqueeze(1)
+    def __init__(self, model, first_positions=FIRST_POSITION):
+        self.model, self.first, self.bias = model, first_positions, None
         self.layers = [LayerCache() for _ in model.encoder.layers]
+
+    @classmethod
+    def encode(cls, model, prefix, first_positions=FIRST_POSITION):
+        """The cache after the prefix.
+
+        Args:
+            model: ``UnimoModel`` with the masked_lm head, in evaluation mode.
+            prefix: arguments of ``UnimoModel.forward``.
+            first_positions: position of every text's [CLS], int64 ``[B, 1]``, or one int for all.
+        """
+        self = cls(model, first_positions)
         model(**prefix, caches=self.layers)
         masks = [prefix[key] for key in ("image_mask", "object_mask") if prefix.get(key) is not None]
         if prefix.get("text_mask") is not None:
             masks.append(source_mask(prefix["text_mask"]))
         self.bias = ((paddle.concat(masks, axis=1) - 1.0) * MASK_BIAS).unsqueeze([1, 2])  # [B, 1, 1, S]
+        return self
+
+    @property
+    def stacks(self):
+        """The layers' caches by stack."""
+        return {"encoder": self.layers}
 
     def step(self, tokens, step):
-        """Logits ``[B, K, V]`` of the next token after feeding ``tokens`` int64 ``[B, K]``, the text's number ``step`` (from 0)."""
+        """Logits ``[B, K, V]`` of the next token after feeding ``tokens`` int64 ``[B, K]``, the text's number ``step`` (from 0; or int64 ``[1]``)."""
         zeros = paddle.zeros_like(tokens) if self.model.config.dialog else None  # the answer has role 0, turn 0
-        states = self.model.text.embed(tokens, (self.first + step).expand(tokens.shape), zeros, zeros)
+        states = self.model.text.embed(tokens, paddle.zeros_like(tokens) + (self.first + step), zeros, zeros)
         return self.model.mlm_logits(self.model.encoder.step(states, self.layers, self.bias))
 
     def select(self, images, parents):
@@ -148,7 +178,9 @@ class SingleStreamCache:
         for cache in self.layers:
             cache.select(images, parents)
         if images is not None:
-            self.bias, self.first = paddle.index_select(self.bias, images), paddle.index_select(self.first, images)
+            self.bias = paddle.index_select(self.bias, images)
+            if not isinstance(self.first, int):
+                self.first = paddle.index_select(self.first, images)
 
 
 @paddle.no_grad()
@@ -174,8 +206,8 @@ def generate(model, image, start_id, end_id, options, tags=None, word_starts=Non
     if image is None and tags is None:
         raise UserInputError("give pictures to caption, or source texts (tags)")
     _check(options, word_starts, FIRST_POSITION, model.config.text_max_position_embeddings)
-    cache = PrefixCache(model, None if image is None else model.encode_image(image), tags, options.attend_padded_tags)
-    return _search(cache, len(tags[0] if image is None else image), start_id, end_id, options, word_starts)
+    cache = PrefixCache.encode(model, None if image is None else model.encode_image(image), tags, options.attend_padded_tags)
+    return search(cache, len(tags[0] if image is None else image), start_id, end_id, options, word_starts)
 
 
 @paddle.no_grad()
@@ -199,14 +231,15 @@ def generate_from_prefix(model, prefix, start_id, end_id, options, word_starts=N
     if "masked_lm" not in model.heads:
         raise UserInputError("generating text needs a model with the masked_lm head")
     size = len(next(value for value in prefix.values() if value is not None))
-    if first_positions is None:
-        first_positions = paddle.full([size], FIRST_POSITION, dtype="int64")
-    _check(options, word_starts, int(first_positions.max()), model.config.max_position_embeddings)
-    return _search(SingleStreamCache(model, prefix, first_positions), size, start_id, end_id, options, word_starts)
+    latest = FIRST_POSITION if first_positions is None else int(first_positions.max())
+    _check(options, word_starts, latest, model.config.max_position_embeddings)
+    first = FIRST_POSITION if first_positions is None else first_positions.unsqueeze(1)
+    return search(SingleStreamCache.encode(model, prefix, first), size, start_id, end_id, options, word_starts)
 
 
-def _search(cache, size, start_id, end_id, options, word_starts):
-    """Step by step, the hypotheses of ``size`` samples whose prefixes ``cache`` holds; see :func:`generate`."""
+def search(cache, size, start_id, end_id, options, word_starts):
+    """Step by step, the hypotheses of ``size`` samples whose prefixes ``cache`` holds (anything with the ``step`` and ``select`` of
+    :class:`PrefixCache`); see :func:`generate`."""
     width = {"beam": 1, "greedy": 1, "sample": options.samples}[options.method]
     active = [[Hypothesis([start_id], [0.0]) for _ in range(width)] for _ in range(size)]
     done, numbers = [None] * len(active), list(range(len(active)))

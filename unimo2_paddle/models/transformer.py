@@ -135,9 +135,9 @@ class MultiHeadAttention(nn.Layer):
         else:
             shared = paddle.einsum("bknd,bsnd->bnks", query, cache.prefix[0])
             weights = F.softmax(paddle.concat([shared if bias is None else shared + bias, own], axis=-1))
-        split = weights.shape[-1] - own.shape[-1]
+        split = 0 if cache.prefix is None else length(cache.prefix[0], 1)
         context = (weights[:, :, :, split:].transpose([0, 2, 3, 1]).unsqueeze(4) * own_values).sum(axis=2)
-        if split:
+        if cache.prefix is not None:
             context = context + paddle.einsum("bnks,bsnd->bknd", weights[:, :, :, :split], cache.prefix[1])
         return self.output(context.reshape([0, 0, queries.shape[-1]]))
 

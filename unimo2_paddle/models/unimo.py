@@ -31,7 +31,7 @@ from unimo2_paddle.errors import UserInputError
 from unimo2_paddle.models.configuration import UnimoConfig
 from unimo2_paddle.models.heads import Pooler, RegionPredictor, TiedPredictor
 from unimo2_paddle.models.text import TextEmbedding, text_visibility, visibility_block
-from unimo2_paddle.models.transformer import Encoder, layer_norm, linear
+from unimo2_paddle.models.transformer import Encoder, layer_norm, length, linear
 
 HEADS = ("pooling", "matching", "masked_lm", "masked_region")
 SEGMENTS = {  # what goes with a segment's first argument
@@ -71,6 +71,13 @@ def joint_visibility(context_mask=None, text_mask=None):
     to_context = visibility_block(text_mask.max(axis=-1), context_mask)
     upper = paddle.concat([visibility_block(context_mask, context_mask), to_context.transpose([0, 2, 1]) * 0.0], axis=2)
     return paddle.concat([upper, paddle.concat([to_context, text_mask], axis=2)], axis=1)
+
+
+def _numbers(rows):
+    """int64 [R] of ints, or of scalar tensors where a static Program leaves lengths open."""
+    if all(isinstance(row, int) for row in rows):
+        return paddle.to_tensor(rows, dtype="int64")
+    return paddle.concat([paddle.full([1], row, "int64") if isinstance(row, int) else row.astype("int64").reshape([1]) for row in rows])
 
 
 class RegionEmbedding(nn.Layer):
@@ -182,12 +189,12 @@ class UnimoModel(nn.Layer):
         mask = joint_visibility(paddle.concat(context, axis=1) if context else None, text_mask if input_ids is not None else None)
         starts = [0]
         for part in parts:
-            starts.append(starts[-1] + part.shape[1])
+            starts.append(starts[-1] + length(part, 1))
         rows = None
         if first_only:
             rows = ([0] if image_features is not None else []) + ([starts[-2]] if input_ids is not None else [])
         states = self.encoder(paddle.concat(parts, axis=1) if len(parts) > 1 else parts[0], mask,
-                              rows=None if rows is None else paddle.to_tensor(rows, dtype="int64"), caches=caches)
+                              rows=None if rows is None else _numbers(rows), caches=caches)
         if first_only:
             return UnimoOutput(image_states=states[:, :1] if image_features is not None else None,
                                text_states=states[:, -1:] if input_ids is not None else None)

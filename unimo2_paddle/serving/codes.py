@@ -28,8 +28,10 @@ def grounded_model(predictor):
     """The ``Unimo2Model`` inside a ``Predictor``.
 
     Raises:
-        UserInputError: its model has no grounded dictionary.
+        UserInputError: its model has no grounded dictionary, or is an exported one.
     """
+    if predictor.exported:
+        raise UserInputError(f"{predictor.directory} is an exported model, whose codes cannot be looked at; give the checkpoint directory it was made from")
     model = getattr(predictor.kind.model, "backbone", predictor.kind.model)
     if not getattr(model, "grounded", False):
         raise UserInputError(f"{predictor.directory}: this model has no grounded dictionary (it is one of UNIMO, or the ablation model_type: baseline); "

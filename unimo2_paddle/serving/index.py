@@ -19,7 +19,6 @@ from unimo2_paddle.serving.codes import text_batch
 from unimo2_paddle.serving.predictor import read_picture
 from unimo2_paddle.serving.results import Found
 from unimo2_paddle.tasks.reporting import jpeg_bytes, write_text
-from unimo2_paddle.tasks.retrieval_scoring import encode_captions, encode_pictures
 from unimo2_paddle.vector_search import VectorSearch
 
 KINDS = ("images", "texts")
@@ -204,11 +203,11 @@ def require_retrieval(predictor):
 def encode_images(predictor, images):
     """``EncodedImages`` of pictures as a call of the predictor takes them."""
     pictures = [predictor.kind.picture(read_picture(image)) for image in images]
-    return encode_pictures(predictor.kind.model, paddle.to_tensor(np.stack(pictures)))
+    return predictor.kind.encode_images(np.stack(pictures))
 
 
 @paddle.no_grad()
 def encode_texts(predictor, texts):
     """``EncodedTexts`` of sentences."""
     batch = text_batch(predictor, texts)
-    return encode_captions(predictor.kind.model, batch["input_ids"], batch["position_ids"], batch["text_mask"])
+    return predictor.kind.encode_texts(batch["input_ids"], batch["position_ids"], batch["text_mask"])

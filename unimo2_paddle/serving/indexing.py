@@ -4,14 +4,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Dict, List
 
 import numpy as np
-import paddle
 
 from unimo2_paddle.errors import DataError, ImageError, UserInputError
 from unimo2_paddle.serving.codes import WordTable, code_pictures, code_texts, grounded_model, text_batch, word_spans, words_best
 from unimo2_paddle.serving.index import ABOUT, THUMBNAILS, RetrievalIndex, encode_texts, may_hold_index, require_retrieval
 from unimo2_paddle.serving.predictor import read_picture
 from unimo2_paddle.tasks.reporting import jpeg_bytes
-from unimo2_paddle.tasks.retrieval_scoring import encode_pictures
 
 PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SAVE_EVERY = 4096  # new items between two saves: an interrupted run loses no more
@@ -207,8 +205,7 @@ class _PictureUpdate(_Update):
                 self._write_thumbnail(name, picture)
         if read:
             pixels = np.stack(pictures)
-            with paddle.no_grad():
-                features = encode_pictures(self.predictor.kind.model, paddle.to_tensor(pixels)).features.numpy()
+            features = self.predictor.kind.encode_images(pixels).features.numpy()
             self.keep(read, features, code_pictures(grounded_model(self.predictor), pixels).share() if self.options.codes else None)
 
     def _write_thumbnail(self, name, picture):

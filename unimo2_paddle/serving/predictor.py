@@ -17,20 +17,21 @@ from unimo2_paddle.data.region_store import Regions
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import CheckpointError, ImageError, UserInputError
 from unimo2_paddle.models.configuration import UnimoConfig
-from unimo2_paddle.models.generation import Decoding
+from unimo2_paddle.models.generation import Decoding, search
 from unimo2_paddle.paths import PathLike
+from unimo2_paddle.serving.engine import ExportedPrograms, is_exported
+from unimo2_paddle.serving.programs import LayerPrograms, Logits, StoredCache, caption_programs, retrieval_programs, writer_programs
 from unimo2_paddle.serving.results import Answered, Captioned, Classified, Matched, Scored, Written
 from unimo2_paddle.tasks.base import ModelSection, build_backbone, check_vocabulary, to_tensors
 from unimo2_paddle.tasks.captioners import captioner_of
-from unimo2_paddle.tasks.classification import build_classifier, classifier_logits
+from unimo2_paddle.tasks.classification import build_classifier
 from unimo2_paddle.tasks.finetune import TASK_FILE, read_task_file, softmax
 from unimo2_paddle.tasks.glue import encode_text
 from unimo2_paddle.tasks.imagenet import centre_crop
-from unimo2_paddle.tasks.retrieval_scoring import contrastive_scores, encode_captions, encode_pictures, matching_logits
+from unimo2_paddle.tasks.retrieval_scoring import EncodedImages, EncodedTexts, contrastive_scores
 from unimo2_paddle.tasks.seq2seq import hypothesis_text, write_texts
 from unimo2_paddle.tasks.seq2seq_data import encode_parts, max_turns, pack_dialog, pack_source, source_arrays
 from unimo2_paddle.tasks.unimo_inputs import MAX_REGIONS, RegionPictures, image_arrays
-from unimo2_paddle.tasks.unimo_retrieval import pair_scores
 from unimo2_paddle.tasks.zeroshot import encode_classes
 
 FIELDS = ("image", "text", "text_b")
@@ -48,13 +49,14 @@ class Request(NamedTuple):
 
 
 class Predictor:
-    """The model of a checkpoint directory with everything around it.
+    """The model of a checkpoint directory, or what ``unimo2 export`` made of it, with everything around it.
 
     Args:
         directory: ``best/`` of a finetuning run (any task), or a pre-trained model with its vocabulary, which scores pairs; or such a model's
-            name in the zoo, as ``zoo:NAME``.
+            name in the zoo, as ``zoo:NAME``; or an exported model.
         top: how many classes or answers a result names.
         regions: for models of UNIMO, a store of region features in which pictures are looked up by name.
+        engine: what runs an exported model, "paddle" (paddle.inference) or "onnx" (onnxruntime).
 
     Raises:
         CheckpointError: the directory is no such checkpoint, or is damaged.
@@ -66,7 +68,8 @@ class Predictor:
         Predictor("output/vqa/best")(image="a.jpg", question="What is on the table?").answer
     """
 
-    def __init__(self, directory: PathLike, top: int = 5, regions: Optional[PathLike] = None) -> None:
+    def __init__(self, directory: PathLike, top: int = 5, regions: Optional[PathLike] = None,
+                 engine: str = "paddle") -> None:
         self.directory = os.fspath(directory)
         if self.directory.startswith(PREFIX):
             self.directory = checkpoint_path(self.directory)
@@ -78,8 +81,10 @@ class Predictor:
         self.task = self.about.get("task")
         if self.task not in PREDICTORS:
             raise CheckpointError(f"{self.directory}: no predictions for task {self.task!r}; there are some for {', '.join(PREDICTORS)}")
+        exported = ExportedPrograms(self.directory, engine) if is_exported(self.directory) else None
+        self.exported = exported is not None
         try:
-            self.kind = PREDICTORS[self.task](self.directory, self.about, top)
+            self.kind = PREDICTORS[self.task](self.directory, self.about, top, exported)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{os.path.join(self.directory, TASK_FILE)}: not as this version writes it ({type(error).__name__}: {error}); "
                                   "finetune again, or use the version that wrote it") from None
@@ -117,11 +122,11 @@ class Predictor:
         """
         results, pending = [], []
         for number, request in enumerate(requests):
-            pending.append(self._checked(request, names[number] if names else f"request {number + 1}"))
+            pending.append(self.check(request, names[number] if names else f"request {number + 1}"))
             if len(pending) == batch_size:
-                results += self._run(pending)
+                results += self.run(pending)
                 pending = []
-        return results + (self._run(pending) if pending else [])
+        return results + (self.run(pending) if pending else [])
 
     def classify(self, images: Iterable[Any], classes: Iterable[str], templates: Union[str, Sequence[str]] = "photos",
                  batch_size: int = 32) -> List[Classified]:
@@ -148,16 +153,22 @@ class Predictor:
         pictures = [self.kind.picture(read_picture(image, f"image {number + 1}: ")) for number, image in enumerate(images)]
         results = []
         with paddle.no_grad():
-            features, _ = encode_classes(self.kind.model, self.kind.tokenizer, classes, templates, self.kind.max_text_len)
+            features, _ = encode_classes(self.kind.encode_texts, self.kind.tokenizer, classes, templates, self.kind.max_text_len)
             for first in range(0, len(pictures), batch_size):
                 results += self.kind.classified(np.stack(pictures[first: first + batch_size]), features, classes)
         return results
 
-    def _run(self, requests):
+    def run(self, requests):
+        """The results of a list of requests that :meth:`check` returned, in one forward."""
         with paddle.no_grad():
             return self.kind.predict(requests)
 
-    def _checked(self, request, name):
+    def check(self, request, name="request"):
+        """A mapping with the arguments of a call as a :class:`Request`: complete, its picture decoded; messages call it ``name``.
+
+        Raises:
+            as a call.
+        """
         where, values = f"{name}: ", {}
         for name, value in request.items():
             field = ALIASES.get(name, name)
@@ -198,11 +209,16 @@ def read_picture(image, where=""):
 
 
 class _Kind:
-    """How one kind of task predicts. ``needs`` and ``optional`` are the inputs it takes."""
+    """How one kind of task predicts. ``needs`` and ``optional`` are the inputs it takes.
+
+    What the model computes are ``programs`` (see :mod:`unimo2_paddle.serving.programs`), of the model in memory or of an exported one, whose
+    ``model`` is ``None``; everything else is here.
+    """
 
     needs, optional = (), ()
+    model = _fingerprint = None
 
-    def __init__(self, directory, about, top):
+    def __init__(self, directory, about, top, exported=None):
         self.section, self.top, self.about = ModelSection(init=directory), top, about
         if not os.path.isfile(os.path.join(directory, "config.json")):
             raise CheckpointError(f"{directory} has no config.json; give the best/ directory of a finetuning run")
@@ -214,14 +230,37 @@ class _Kind:
             check_vocabulary(self.tokenizer, self.config, vocab)
         self.regions, self.max_regions = None, int(about.get("max_regions", MAX_REGIONS))
         self.max_text_len = int(about.get("max_text_len", self.config.text_max_position_embeddings - FIRST_POSITION))
-        self.build()
+        self.prepare()
+        self.programs = exported
+        if exported is None:
+            self.model = self.build()
+            self.model.eval()
+            self.programs = LayerPrograms(self.model_programs())
 
     def takes(self, field):
         return field in self.needs or field in self.optional
 
+    def prepare(self):
+        """Read what the task file tells."""
+
     def build(self):
-        """Make the model and read what the task file tells."""
+        """The model with its weights."""
         raise NotImplementedError
+
+    def model_programs(self):
+        """The model's programs by name."""
+        raise NotImplementedError
+
+    def fingerprint(self):
+        """A text that is the same for the same weights, wherever they lie."""
+        if self.model is None:
+            return self.programs.about["fingerprint"]
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for parameter in sorted(self.model.parameters(), key=lambda p: p.name):
+                digest.update(parameter.name.encode() + parameter.numpy().tobytes())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
 
     def predict(self, requests):
         """Results of a list of :class:`Request`, under ``no_grad``."""
@@ -269,7 +308,7 @@ class _Kind:
         arrays = self.text_batch(requests) if self.takes("text") else {}
         if self.takes("image"):
             arrays.update(image_arrays([request.image for request in requests], self.max_regions or None))
-        return to_tensors(arrays)
+        return arrays
 
 
 class _Classifier(_Kind):
@@ -281,11 +320,19 @@ class _Classifier(_Kind):
         """Names of the head's outputs."""
         return list(self.about["labels"])
 
-    def build(self):
+    def prepare(self):
         self.names = self.classes()
-        self.model = build_classifier(self.section, 0, self.config, self.inputs, max(1, len(self.names)), 0.0, new_head=False,
-                                      layout=self.about.get("layout", "pair"), contrastive=bool(self.about.get("contrastive", False)))
-        self.model.eval()
+
+    def build(self):
+        return build_classifier(self.section, 0, self.config, self.inputs, max(1, len(self.names)), 0.0, new_head=False,
+                                layout=self.about.get("layout", "pair"), contrastive=bool(self.about.get("contrastive", False)))
+
+    def model_programs(self):
+        return {"logits": Logits(self.model, self.config, self.inputs)}
+
+    def logits(self, requests):
+        """Logits float64 ``[N, C]``."""
+        return self.programs.run("logits", self.batch(requests))["logits"].astype("float64")
 
     def best(self, probabilities):
         """The ``top`` best classes of one row as ``{name: probability}``, best first."""
@@ -294,7 +341,7 @@ class _Classifier(_Kind):
 
     def predict(self, requests):
         results = []
-        for row in softmax(classifier_logits(self.model, self.batch(requests)).numpy().astype("float64")):
+        for row in softmax(self.logits(requests)):
             best = self.best(row)
             label = next(iter(best))
             results.append(Classified(label, best[label], best))
@@ -313,7 +360,7 @@ class _Vqa(_Classifier):
 
     def predict(self, requests):
         results = []
-        for row in classifier_logits(self.model, self.batch(requests)).numpy().astype("float64"):
+        for row in self.logits(requests):
             best = self.best(1.0 / (1.0 + np.exp(-row)))
             answer = next(iter(best))
             results.append(Answered(answer, best[answer], best))
@@ -324,9 +371,9 @@ class _Glue(_Classifier):
     inputs = "text"
     needs, optional = ("text",), ("text_b",)
 
-    def build(self):
+    def prepare(self):
         self.needs, self.optional = (("text", "text_b"), ()) if self.about["pair"] else (("text",), ())
-        super().build()
+        super().prepare()
 
     def text_batch(self, requests):
         return text_arrays([encode_text(self.tokenizer, request.text, request.text_b, self.max_text_len) for request in requests], self.tokenizer.pad_id)
@@ -334,7 +381,7 @@ class _Glue(_Classifier):
     def predict(self, requests):
         if self.names:
             return super().predict(requests)
-        return [Scored(round(float(score), 4)) for score in classifier_logits(self.model, self.batch(requests))[:, 0].numpy()]
+        return [Scored(round(float(score), 4)) for score in self.logits(requests)[:, 0]]
 
 
 class _Image(_Classifier):
@@ -353,20 +400,27 @@ class _Caption(_Kind):
 
     needs, optional = ("image",), ("text",)
 
-    def build(self):
+    def prepare(self):
         self.needs, self.optional = (("image", "text"), ()) if self.about["object_tags"] else (("image",), ())
         self.decoding = Decoding(**self.about["decoding"])
+        self.word_starts = self.tokenizer.word_start_table() if self.decoding.block_trigrams else None
+
+    def build(self):
         # a captioner of the authors lacks the contrastive temperature, and captions do not need it
         self.section.allow_missing = ["cmcl_temperature"]
-        self.model, self.captioner = build_backbone(self.section, 0, self.config, heads=("masked_lm",)), captioner_of(self.config)
-        self.model.eval()
-        self.word_starts = self.tokenizer.word_start_table() if self.decoding.block_trigrams else None
+        return build_backbone(self.section, 0, self.config, heads=("masked_lm",))
+
+    def model_programs(self):
+        return caption_programs(self.model, self.takes("text"), self.decoding.attend_padded_tags)
 
     def predict(self, requests):
         batch = self.batch(requests)
         if self.takes("text"):
             batch.update(tag_ids=batch.pop("input_ids"), tag_positions=batch.pop("position_ids"), tag_mask=batch.pop("text_mask"))
-        found = self.captioner.generate(self.model, batch, self.tokenizer, self.decoding, self.word_starts)
+        if self.model is None:
+            found = search(StoredCache(self.programs, batch), len(requests), self.tokenizer.cls_id, self.tokenizer.sep_id, self.decoding, self.word_starts)
+        else:
+            found = captioner_of(self.config).generate(self.model, to_tensors(batch), self.tokenizer, self.decoding, self.word_starts)
         results = []
         for hypotheses in found:
             texts = [self.tokenizer.decode(hypothesis.ids).strip() for hypothesis in hypotheses]
@@ -379,14 +433,18 @@ class _Seq2Seq(_Kind):
 
     needs = ("text",)
 
-    def build(self):
+    def prepare(self):
         self.dialog, self.longest = bool(self.about["dialog"]), int(self.about["max_source_len"])
         self.optional = ("text_b",) if self.dialog else ()
         self.roles = getattr(self.config, "dialog", False)
         self.decoding = Decoding(**self.about["decoding"])
-        self.model = build_backbone(self.section, 0, self.config, vision=False, heads=("masked_lm",))
-        self.model.eval()
         self.word_starts = self.tokenizer.word_start_table() if self.decoding.block_trigrams else None
+
+    def build(self):
+        return build_backbone(self.section, 0, self.config, vision=False, heads=("masked_lm",))
+
+    def model_programs(self):
+        return writer_programs(self.model, self.roles)
 
     def source(self, request):
         if not self.dialog:
@@ -396,9 +454,13 @@ class _Seq2Seq(_Kind):
         return pack_dialog(turns, knowledge, self.tokenizer, self.longest, max_turns(self.config))
 
     def predict(self, requests):
-        batch = to_tensors(source_arrays([self.source(request) for request in requests], self.tokenizer.pad_id, self.roles))
+        batch = source_arrays([self.source(request) for request in requests], self.tokenizer.pad_id, self.roles)
+        if self.model is None:
+            found = search(StoredCache(self.programs, batch), len(requests), self.tokenizer.cls_id, self.tokenizer.mask_id, self.decoding, self.word_starts)
+        else:
+            found = write_texts(self.model, to_tensors(batch), self.tokenizer, self.decoding, self.word_starts)
         results = []
-        for hypotheses in write_texts(self.model, batch, self.tokenizer, self.decoding, self.word_starts):
+        for hypotheses in found:
             texts = [hypothesis_text(hypothesis, self.tokenizer) for hypothesis in hypotheses]
             results.append(Written(texts[0], round(float(hypotheses[0].scores[-1]), 6), texts[1: self.top]))
         return results
@@ -410,31 +472,37 @@ class _Retrieval(_Kind):
     needs = ("image", "text")
 
     def build(self):
-        self.model, self._fingerprint = build_backbone(self.section, 0, self.config, heads=("pooling", "matching")), None
-        self.model.eval()
+        return build_backbone(self.section, 0, self.config, heads=("pooling", "matching"))
 
-    def fingerprint(self):
-        """A text that is the same for the same weights, wherever they lie."""
-        if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for parameter in sorted(self.model.parameters(), key=lambda p: p.name):
-                digest.update(parameter.name.encode() + parameter.numpy().tobytes())
-            self._fingerprint = digest.hexdigest()
-        return self._fingerprint
+    def model_programs(self):
+        return retrieval_programs(self.model)
 
     def predict(self, requests):
-        batch = self.batch(requests)
+        found = self.programs.run("pair", self.batch(requests))
         if self.reads_regions:
-            rows = np.arange(len(requests))
-            return [Matched(float(score)) for score in pair_scores(self.model, batch, rows, batch, rows).numpy()]
-        return self.match(encode_pictures(self.model, batch["image"]),
-                          encode_captions(self.model, batch["input_ids"], batch["position_ids"], batch["text_mask"]))
+            return [Matched(float(score)) for score in found["score"]]
+        return self._matched(found["matching_logits"], found["contrastive"])
+
+    def encode_images(self, images):
+        """``EncodedImages`` of uint8 pictures ``[N, S, S, 3]``."""
+        found = to_tensors(self.programs.run("image", {"image": images}))
+        return EncodedImages(found["states"], found["features"], found.get("code_scores"))
+
+    def encode_texts(self, input_ids, position_ids, text_mask):
+        """``EncodedTexts`` of padded texts, tensors or arrays ``[N, L]``."""
+        arrays = {"input_ids": np.asarray(input_ids), "position_ids": np.asarray(position_ids), "text_mask": np.asarray(text_mask)}
+        found = to_tensors(self.programs.run("text", arrays))
+        return EncodedTexts(found["states"], paddle.to_tensor(arrays["text_mask"]), found["features"], found.get("code_scores"))
+
+    def temperature(self):
+        """The learnt temperature of contrastive scores."""
+        return self.programs.about["temperature"] if self.model is None else float(self.model.contrastive_temperature)
 
     def classified(self, images, features, names):
         """``Classified`` for uint8 pictures ``[N, S, S, 3]`` and the classes' ``features`` [C, H]."""
-        alike = paddle.matmul(encode_pictures(self.model, paddle.to_tensor(images)).features, features, transpose_y=True)
+        alike = paddle.matmul(self.encode_images(images).features, features, transpose_y=True)
         results = []
-        for row in softmax((alike / self.model.contrastive_temperature).numpy().astype("float64")):
+        for row in softmax((alike / self.temperature()).numpy().astype("float64")):
             best = {names[i]: round(float(row[i]), 6) for i in np.argsort(-row, kind="stable")[: self.top]}
             label = next(iter(best))
             results.append(Classified(label, best[label], best))
@@ -442,9 +510,13 @@ class _Retrieval(_Kind):
 
     def match(self, images, texts):
         """:class:`Matched` of row n of both sides."""
-        logits = matching_logits(self.model, images, texts).numpy().astype("float64")
-        contrastive = contrastive_scores(images, texts).numpy()
-        weight = self.model.config.cmcl_score_weight
+        given = {"image_states": images.states, "image_code_scores": images.code_scores, "text_states": texts.states, "text_mask": texts.mask,
+                 "text_code_scores": texts.code_scores}
+        logits = self.programs.run("match", {name: value.numpy() for name, value in given.items() if value is not None})["matching_logits"]
+        return self._matched(logits, contrastive_scores(images, texts).numpy())
+
+    def _matched(self, logits, contrastive):
+        weight, logits = self.config.cmcl_score_weight, logits.astype("float64")
         return [Matched(float(pair[1] + weight * alike), float(share[1]), float(alike))
                 for pair, share, alike in zip(logits, softmax(logits), contrastive)]
 

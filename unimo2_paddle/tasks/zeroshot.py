@@ -1,6 +1,7 @@
 """Zero-shot image classification: every class is a few sentences, a picture belongs to the class whose sentences fit it best."""
 import os
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import paddle
@@ -51,10 +52,11 @@ class ZeroShotEval:
         return found + [f"{key}: must be at least {low}, is {getattr(self, key)}" for key, low in lowest.items() if getattr(self, key) < low]
 
 
-def encode_classes(model, tokenizer, names, templates, max_text_len=64, text_batch=128, keep=0):
+def encode_classes(encode, tokenizer, names, templates, max_text_len=64, text_batch=128, keep=0):
     """What zero-shot classification needs of the classes.
 
     Args:
+        encode: function of input_ids, position_ids, text_mask (tensors) -> ``EncodedTexts``.
         names: of the classes; templates: sentences with ``{}``; max_text_len: in tokens; text_batch: sentences per forward.
         keep: of so many first templates the encoded sentences are returned too.
 
@@ -68,7 +70,7 @@ def encode_classes(model, tokenizer, names, templates, max_text_len=64, text_bat
         blocks = []
         for first in range(0, len(sentences), text_batch):
             arrays = text_arrays(sentences[first: first + text_batch], tokenizer.pad_id)
-            blocks.append(encode_captions(model, *(paddle.to_tensor(arrays[key]) for key in ("input_ids", "position_ids", "text_mask"))))
+            blocks.append(encode(*(paddle.to_tensor(arrays[key]) for key in ("input_ids", "position_ids", "text_mask"))))
         features = paddle.concat([block.features for block in blocks])
         total = features if total is None else total + features
         if number < keep:
@@ -101,8 +103,8 @@ class ZeroShotEvaluator:
         """
         self._check(model)
         with evaluation_mode(model):
-            features, kept = encode_classes(model, self.tokenizer, self.names, self.templates, self.max_text_len, self.settings.text_batch,
-                                            self.settings.matching_templates if self.settings.matching_top else 0)
+            features, kept = encode_classes(partial(encode_captions, model), self.tokenizer, self.names, self.templates, self.max_text_len,
+                                            self.settings.text_batch, self.settings.matching_templates if self.settings.matching_top else 0)
             contrastive, scores = [], []
             for block in self._pictures(model):
                 contrastive.append(paddle.matmul(block.features, features, transpose_y=True).numpy())
