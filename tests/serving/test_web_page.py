@@ -155,6 +155,7 @@ def test_heat_maps_are_chosen_with_the_arrow_keys(page, picture):
     heat = page.locator("#heat")
     sync_api.expect(heat).to_be_visible()
     assert "token 7 over 2 by 2 patches; most similar: row 2, column 2" in heat.get_attribute("aria-label")
+    sync_api.expect(page.locator(".near canvas")).to_be_hidden()
     over, under = heat.bounding_box(), page.locator("#preview").bounding_box()
     assert over == pytest.approx(under, abs=1)
     pixels = heat.evaluate("canvas => [...canvas.getContext('2d').getImageData(0, 0, 2, 2).data]")
@@ -280,6 +281,7 @@ def test_a_phone_needs_no_sideways_scrolling_and_has_targets_for_fingers(browser
     page.tap("#search button")
     sync_api.expect(page.locator("#heat")).to_be_visible()
     sync_api.expect(page.locator(".found li")).to_have_count(2)
+    sync_api.expect(page.locator(".near canvas")).to_be_visible()  # beside the tokens: the picture itself is out of sight there
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     sizes = page.evaluate("[...document.querySelectorAll('button, .row input')].map(one => one.getBoundingClientRect().height)")
     assert min(sizes) >= 43

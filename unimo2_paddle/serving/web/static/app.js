@@ -84,6 +84,7 @@ async function choosePicture(blob, name) {
     if (number !== state.number) return;
     state.picture = {data, name};
     $("#stage").hidden = false;
+    fitPicture();
     $("#picture-name").textContent = name;
     status.className = "status";
     status.textContent = "";
@@ -94,6 +95,15 @@ async function choosePicture(blob, name) {
     status.textContent = error instanceof DOMException ? `${name} is not a picture that this browser can show.` : error.message;
   }
   enable();
+}
+
+// As large as there is room for, small pictures enlarged: patches are to be told apart.
+function fitPicture() {
+  const preview = $("#preview"), room = $("#stage").clientWidth;
+  if (!preview.naturalWidth || !room) return;
+  const scale = Math.min(room / preview.naturalWidth, 0.55 * window.innerHeight / preview.naturalHeight, Math.max(1, 320 / preview.naturalWidth));
+  preview.width = Math.round(preview.naturalWidth * scale);
+  preview.height = Math.round(preview.naturalHeight * scale);
 }
 
 function setUpPicture() {
@@ -112,7 +122,7 @@ function setUpPicture() {
     const file = [...(event.clipboardData?.files ?? [])].find((one) => one.type.startsWith("image/"));
     if (file) choosePicture(file, file.name || "pasted picture");
   });
-  new ResizeObserver(placeHeat).observe($("#preview"));
+  new ResizeObserver(fitPicture).observe($("#stage"));
 }
 
 // ---- heat map
@@ -127,30 +137,35 @@ function scaled(values) {
   return values.map((value) => (most - least > 1e-9 ? (value - least) / (most - least) : 0));
 }
 
-function placeHeat() {
-  const preview = $("#preview"), heat = $("#heat");
-  Object.assign(heat.style, {left: `${preview.offsetLeft}px`, top: `${preview.offsetTop}px`, width: `${preview.offsetWidth}px`, height: `${preview.offsetHeight}px`});
-}
-
 function hideHeat() {
   $("#heat").hidden = true;
   $("#heat").setAttribute("aria-label", "no heat map");
   $("#preview").classList.remove("grey");
 }
 
-function showHeat(token) {
-  const heat = $("#heat"), rows = token.patches.length, columns = token.patches[0].length, values = token.patches.flat(), shares = scaled(values);
-  heat.width = columns;
-  heat.height = rows;
-  const context = heat.getContext("2d"), pixels = context.createImageData(columns, rows);
+function drawHeat(canvas, token) {
+  const rows = token.patches.length, columns = token.patches[0].length, values = token.patches.flat(), shares = scaled(values);
+  canvas.width = columns;
+  canvas.height = rows;
+  const context = canvas.getContext("2d"), pixels = context.createImageData(columns, rows);
   shares.forEach((share, n) => pixels.data.set([...colour(share), 255], 4 * n));
   context.putImageData(pixels, 0, 0);
   const best = values.indexOf(Math.max(...values));
-  heat.setAttribute("aria-label", `heat map of token ${token.id} over ${rows} by ${columns} patches; most similar: row ${Math.floor(best / columns) + 1}, `
+  canvas.setAttribute("aria-label", `heat map of token ${token.id} over ${rows} by ${columns} patches; most similar: row ${Math.floor(best / columns) + 1}, `
     + `column ${best % columns + 1}`);
-  heat.hidden = false;
+}
+
+function showHeat(token) {
+  drawHeat($("#heat"), token);
+  $("#heat").hidden = false;
   $("#preview").classList.add("grey");
-  placeHeat();
+}
+
+// On a phone the picture is far above: the card gets one of its own.
+function nearHeat(token) {
+  const canvas = element("canvas", {role: "img"}), picture = element("img", {src: $("#preview").src, alt: "", className: "grey"});
+  drawHeat(canvas, token);
+  return element("div", {className: "near"}, element("div", {className: "fit"}, picture, canvas));
 }
 
 // ---- what the cards show
@@ -187,7 +202,10 @@ function explained(told) {
     const share = (value) => (value === null || value === undefined ? "-" : value.toFixed(3));
     detail.replaceChildren(element("p", {className: "soft",
       textContent: `rank ${token.rank}, ${ORIGINS[token.origin]}; mean relevance: patches ${share(token.image_share)}, words ${share(token.text_share)}`}), words);
-    if (token.patches.length) showHeat(token);
+    if (token.patches.length) {
+      showHeat(token);
+      detail.append(nearHeat(token));
+    }
   };
   told.tokens.forEach((token, n) => {
     const radio = element("input", {type: "radio", name: "token", value: String(token.id), checked: n === 0});
@@ -206,7 +224,8 @@ function found(told) {
   const list = element("ul", {className: "found"});
   told.results.forEach((row, n) => {
     const name = row.item.split("/").pop(), picture = element("img", {src: `api/thumbnails/${row.place}`, alt: "", loading: "lazy"});
-    const button = element("button", {type: "button", title: `Use ${name}`}, picture, element("small", {textContent: `${n + 1}. ${name} (${row.score.toFixed(2)})`}));
+    const button = element("button", {type: "button", title: `Use ${name}`}, picture, element("small", {textContent: `${n + 1}. ${name}`}),
+      element("small", {textContent: `score ${row.score.toFixed(2)}`}));
     button.addEventListener("click", () => useFound(row, name));
     list.append(element("li", {}, button));
   });
