@@ -34,6 +34,7 @@ EXTRAS_REQUIRE = {
     "onnx": ["paddle2onnx>=1.3,<3", "onnx>=1.14,<1.18", "onnxruntime>=1.16"],
     # fastapi-offline brings the API page's scripts, so that it needs no content delivery network.
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.30,<1", "prometheus-client>=0.20", "fastapi-offline>=1.7"],
+    "docs": ["mkdocs-material>=9.5", "mkdocs>=1.6,<2"],  # 2 drops the plugins and themes of 1
     "test": ["pytest>=8", "pytest-xdist>=3.5", "hypothesis>=6.100", "playwright>=1.40"],
 }
 

@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "unimo2_paddle"
-SOURCES = sorted(path for room in ("unimo2_paddle", "tools", "tests") for path in (ROOT / room).rglob("*.py"))
+SOURCES = sorted(path for room in ("unimo2_paddle", "tools", "examples", "tests") for path in (ROOT / room).rglob("*.py"))
 PYTHONS = ("3.9", "3.10", "3.11")
 REQUIREMENT_FILES = sorted(ROOT.glob("requirements*.txt"))
 MAX_LINES = 600
@@ -107,7 +107,7 @@ def test_every_via_reason_names_a_pinned_package():
 def test_pins_lie_in_the_ranges_of_setup_py(lists):
     pinned = pins(*lists)
     extras = setup_constant("EXTRAS_REQUIRE")
-    wanted = setup_constant("INSTALL_REQUIRES") + extras["cpu"] + extras["pretrained"] + extras["test"]
+    wanted = setup_constant("INSTALL_REQUIRES") + extras["cpu"] + extras["pretrained"] + extras["docs"] + extras["test"]
     for requirement in map(Requirement, wanted):
         version = str(pinned[requirement.name].specifier)[len("=="):]
         assert requirement.specifier.contains(version), f"{requirement} excludes the pinned {version}"
