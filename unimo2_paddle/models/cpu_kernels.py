@@ -235,20 +235,34 @@ def _largest(row):
 
 
 @_compiled()
-def _softmax_row(row, visible, masked, kept):
-    """Weights of one query in place; keeps the largest score and the inverse sum of exponentials."""
+def _below_largest(row, visible, masked, kept):
+    """Scores of one query less their largest, in place; keeps that."""
     if masked:
         for j in range(row.shape[0]):
             row[j] = _biased(row[j], visible[j])
     top = _largest(row)
+    for j in range(row.shape[0]):
+        row[j] -= top
+    kept[0] = top
+
+
+@_compiled()
+def _exponentials(values):
+    """exp of all scores of a tile, in place: row by row the last few numbers of each would take as long as the rest."""
+    for j in range(values.shape[0]):
+        values[j] = _exp(values[j])
+
+
+@_compiled()
+def _normalised(row, kept):
+    """Exponentials to weights in place; keeps the inverse of their sum."""
     total = _ZERO
     for j in range(row.shape[0]):
-        row[j] = _exp(row[j] - top)
         total += row[j]
     inverse = _ONE / total
     for j in range(row.shape[0]):
         row[j] *= inverse
-    kept[0], kept[1] = top, inverse
+    kept[1] = inverse
 
 
 @_compiled()
@@ -281,7 +295,10 @@ def _attend(p, sizes, attention_keep, at, first, last):
             _product(queries, keys, width, scale, query, False, hidden, p[KEY] + other, True, hidden, _ZERO, at, keys)
             sums = _rows(p[SUMS] + 8 * (b * heads + head) * queries, queries, 2)
             for i in range(queries):
-                _softmax_row(tile[i], visible[i] if masked else tile[i], masked, sums[i])
+                _below_largest(tile[i], visible[i] if masked else tile[i], masked, sums[i])
+            _exponentials(_row(at, queries * keys))
+            for i in range(queries):
+                _normalised(tile[i], sums[i])
                 if attention_keep < _ONE:
                     _drop_weights(tile[i], sizes[8], ((b * heads + head) * queries + i) * keys, attention_keep)
             context = p[CONTEXT] + 4 * (b * queries * hidden + head * width)
@@ -362,7 +379,6 @@ def _attend_backward(p, sizes, attention_keep, d_context, d_query, d_key, d_valu
     scale = SINGLE(width ** -0.5)
     d_at = at + 4 * queries * keys
     tile, gradient, kept = _rows(at, queries, keys), _rows(d_at, queries, keys), _row(d_at + 4 * queries * keys, keys)
-    kept[:] = _ONE
     masked, drops = p[MASK] != 0, attention_keep < _ONE
     context, d_rows = _rows(p[CONTEXT] + 4 * first * queries * hidden, (last - first) * queries, hidden), _rows(
         d_context, (last - first) * queries, hidden)
@@ -376,22 +392,31 @@ def _attend_backward(p, sizes, attention_keep, d_context, d_query, d_key, d_valu
             _product(queries, keys, width, _ONE, d_context + own, False, hidden, p[VALUE] + far, True, hidden, _ZERO, d_at, keys)
             sums = _rows(p[SUMS] + 8 * (b * heads + head) * queries, queries, 2)
             for i in range(queries):
-                weights, change, top, inverse = tile[i], gradient[i], sums[i, 0], sums[i, 1]
-                along = _ZERO  # sum over the keys of weight times its gradient, which is context times its gradient
-                for j in range(head * width, (head + 1) * width):
-                    along += context[row + i, j] * d_rows[row + i, j]
+                weights, top = tile[i], sums[i, 0]
                 if masked:
                     seen = visible[i]
                     for j in range(keys):
-                        weights[j] = _biased(weights[j], seen[j])
+                        weights[j] = _biased(weights[j], seen[j]) - top
+                else:
+                    for j in range(keys):
+                        weights[j] -= top
+            _exponentials(_row(at, queries * keys))
+            for i in range(queries):
+                weights, change, inverse = tile[i], gradient[i], sums[i, 1]
+                along = _ZERO  # sum over the keys of weight times its gradient, which is context times its gradient
+                for j in range(head * width, (head + 1) * width):
+                    along += context[row + i, j] * d_rows[row + i, j]
                 if drops:
                     start = ((b * heads + head) * queries + i) * keys
                     for j in range(keys):
                         kept[j] = _kept(start + j, sizes[8], attention_keep)
+                        change[j] *= kept[j]
                 for j in range(keys):
-                    weight = _exp(weights[j] - top) * inverse
-                    change[j] = weight * (change[j] * kept[j] - along) * scale
-                    weights[j] = weight * kept[j]
+                    weights[j] *= inverse
+                    change[j] = weights[j] * (change[j] - along) * scale
+                if drops:
+                    for j in range(keys):
+                        weights[j] *= kept[j]
             _product(keys, width, queries, _ONE, at, True, keys, d_context + own, False, hidden, _ZERO, d_value + other, hidden)
             _product(queries, width, keys, _ONE, d_at, False, keys, p[KEY] + far, False, hidden, _ZERO, d_query + own, hidden)
             _product(keys, width, queries, _ONE, d_at, True, keys, p[QUERY] + near, False, hidden, _ZERO, d_key + other, hidden)
@@ -519,3 +544,20 @@ def add_partials(totals, parts, counts):
         target, source = _row(totals[place], counts[place]), _row(parts[place], counts[place])
         for j in range(counts[place]):
             target[j] += source[j]
+
+
+@_compiled()
+def cut_patches(image, size, patch, shift, tiles, first, last):
+    """Patches of images [B, S, S, 3] as rows of numbers, channel by channel [B, P, 3 * patch * patch]; both at addresses.
+
+    Everything is moved ``shift`` pixels down and right, where zeros come in.
+    """
+    grid = size // patch
+    pixels = carray(_float_pointer(image), (last, size, size, 3))
+    out = carray(_float_pointer(tiles), (last, grid, grid, 3, patch, patch))
+    for b in range(first, last):
+        for y in range(grid * patch):
+            for x in range(grid * patch):
+                inside = y >= shift and x >= shift
+                for c in range(3):
+                    out[b, y // patch, x // patch, c, y % patch, x % patch] = pixels[b, y - shift, x - shift, c] if inside else _ZERO

@@ -96,17 +96,19 @@ def _scratch(count):
     return room.ctypes.data
 
 
-def _share(sizes, work):
-    """Call ``work(part, scratch, first, last)`` for parts of the samples, one per thread, each with single-threaded matrix products."""
+def _share(batch, room, work):
+    """Call ``work(part, scratch, first, last)`` for parts of the samples, one per thread, each with single-threaded matrix products.
+
+    ``room`` is the function from a number of samples to the numbers of scratch that they need, or ``None``.
+    """
     global _pool
-    batch, code = int(sizes[0]), kernels()
     parts = min(threads(), batch)
     bounds = [batch * i // parts for i in range(parts + 1)]
-    room = code.scratch_size(sizes.tolist(), -(-batch // parts))
-    set_threads = code.set_matmul_threads
+    scratch = room(-(-batch // parts)) if room else 0
+    set_threads = kernels().set_matmul_threads
 
     def run(part):
-        work(part, _scratch(room), bounds[part], bounds[part + 1])
+        work(part, _scratch(scratch), bounds[part], bounds[part + 1])
 
     if parts > 1 and _pool is None:
         _pool = ThreadPoolExecutor(threads() - 1, "unimo2-layer", initializer=set_threads, initargs=(1,))
@@ -134,6 +136,10 @@ def _sizes_of_workspace(sizes):
     rows, others = batch * queries, batch * keys
     return (others * hidden if pre_norm else 0, rows * hidden, others * hidden, others * hidden, 2 * rows * heads, rows * hidden, rows * hidden,
             rows * hidden, rows * inner, 0 if pre_norm else rows * hidden, 2 * max(rows, others), 2 * rows)
+
+
+def _room(sizes):
+    return functools.partial(kernels().scratch_size, sizes.tolist())
 
 
 def draw_seeds():
@@ -164,7 +170,8 @@ class _FusedLayer(PyLayer):
         ctx.call = sizes, numbers, parts, queries is not None, mask is not None
         ctx.wanted = [not t.stop_gradient for t in (states, queries, mask, *parameters) if t is not None]
         addresses = _addresses(states, queries, mask, parameters, out, workspace, parts)
-        _share(sizes, lambda part, scratch, first, last: code.layer_forward(addresses, sizes, *numbers, scratch, first, last))
+        _share(int(sizes[0]), _room(sizes), lambda part, scratch, first, last: code.layer_forward(
+            addresses, sizes, *numbers, scratch, first, last))
         return out
 
     @staticmethod
@@ -186,7 +193,7 @@ class _FusedLayer(PyLayer):
         spare = [np.empty(counts.sum(), np.float32) for _ in range(min(threads(), sizes[0]) - 1)]
         shares += [each.ctypes.data + 4 * (np.cumsum(counts) - counts) for each in spare]
         d_out = gradient.data_ptr()
-        _share(sizes, lambda part, scratch, first, last: code.layer_backward(
+        _share(int(sizes[0]), _room(sizes), lambda part, scratch, first, last: code.layer_backward(
             addresses, sizes, *numbers, scratch, d_out, d_inputs, shares[part], with_weights, first, last))
         for share in shares[1:]:
             code.add_partials(shares[0], share, counts)
@@ -217,3 +224,12 @@ def encoder_layer(layer, states, queries=None, mask=None):
         ``[B, T, H]``.
     """
     return _FusedLayer.apply(layer, *map(_contiguous, (states, queries, mask)), *_parameters(layer))
+
+
+def patch_tiles(image, patch, shift):
+    """``VisionTransformer._tiles`` in one pass: ``[B, P, 3 * patch * patch]`` of ``image`` ``[B, S, S, 3]``, which gets no gradient."""
+    image, (batch, size) = _contiguous(image), image.shape[:2]
+    tiles = paddle.empty([batch, (size // patch) ** 2, 3 * patch * patch], "float32")
+    source, target = image.data_ptr(), tiles.data_ptr()
+    _share(batch, None, lambda part, room, first, last: kernels().cut_patches(source, size, patch, shift, target, first, last))
+    return tiles

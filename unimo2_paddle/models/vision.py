@@ -3,6 +3,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from unimo2_paddle.models import fused
 from unimo2_paddle.models.transformer import Encoder, layer_norm, length
 
 
@@ -58,14 +59,19 @@ class VisionTransformer(nn.Layer):
 
         The convolution is written as one matrix product over unfolded patches (kernel equals stride): on CPU that is the fastest form.
         """
+        weight = self.patch_weight.reshape([self.patch_weight.shape[0], -1])
+        return paddle.matmul(self._tiles(image), weight, transpose_y=True) + self.patch_bias
+
+    def _tiles(self, image):
+        """The pixels that each patch reads, channel by channel: ``[B, P, 3 * patch * patch]``."""
         size, patch = image.shape[1], self.patch
         grid, shift = size // patch, (patch - 1) // 2
+        if image.stop_gradient and fused.applies(image):
+            return fused.patch_tiles(image, patch, shift)
         # kernel = stride: with P - 1 - shift never read at the far side, a shifted crop of the padded image tiles exactly
         padded = F.pad(image, [shift, 0, shift, 0], data_format="NHWC")[:, : grid * patch, : grid * patch]
-        tiles = padded.reshape([-1, grid, patch, grid, patch, 3]).transpose([0, 1, 3, 2, 4, 5])  # [B, g, g, p, p, 3]
-        tiles = tiles.reshape([-1, grid * grid, patch * patch * 3])
-        weight = self.patch_weight.transpose([2, 3, 1, 0]).reshape([patch * patch * 3, -1])
-        return F.linear(tiles, weight, self.patch_bias)
+        tiles = padded.reshape([-1, grid, patch, grid, patch, 3]).transpose([0, 1, 3, 5, 2, 4])  # [B, g, g, 3, p, p]
+        return tiles.reshape([-1, grid * grid, 3 * patch * patch])
 
     def forward(self, image):
         """States of ``image`` float32 ``[B, S, S, 3]``: ``[B, 1 + P, H]``, [CLS] first."""
