@@ -4,8 +4,10 @@ import paddle
 import pytest
 
 from unimo2_paddle.errors import ConfigError
+from unimo2_paddle.models import fused
 from unimo2_paddle.models.unimo2 import Unimo2Model
 from unimo2_paddle.training.optim import OptimConfig, build_optimizer, decays
+from unimo2_paddle.training.sanity import gradient_norms
 
 
 @pytest.fixture
@@ -82,3 +84,41 @@ def test_weight_decay_moves_only_what_decays():
 def test_an_unknown_decay_rule_is_refused():
     with pytest.raises(ConfigError, match="decay_rule.*standard, authors"):
         build_optimizer([], OptimConfig(decay_rule="none"))
+
+
+@pytest.mark.parametrize("clip_norm, layer_decay", [(0.0, 1.0), (1e-3, 0.9), (1e6, 1.0)])
+def test_the_compiled_update_equals_paddles_own(tiny_config, clip_norm, layer_decay):
+    results, states = [], []
+    for kind in ("auto", "plain"):
+        before = fused.choose(kind)
+        with paddle.utils.unique_name.guard():
+            paddle.seed(0)
+            model = Unimo2Model(tiny_config)
+            optimizer = build_optimizer(model.parameters(), OptimConfig(weight_decay=0.1, clip_norm=clip_norm, layer_decay=layer_decay))
+            random = np.random.RandomState(0)
+            for step in range(3):
+                for number, p in enumerate(model.parameters()):
+                    gradient = random.randn(*p.shape).astype("float32") * 0.01
+                    if (number + step) % 5:  # some have none in a step, as in the mixture of corpora
+                        (p * paddle.to_tensor(gradient)).sum().backward()
+                optimizer.set_lr(1e-2 / (step + 1))
+                optimizer.step()
+                optimizer.clear_grad(set_to_zero=False)
+        fused.choose(before)
+        results.append({p.name: p.numpy() for p in model.parameters()})
+        states.append({key: np.asarray(value) for key, value in optimizer.state_dict().items() if key != "LR_Scheduler"})
+    for one, two in (results, states):
+        assert one.keys() == two.keys()
+        for name in one:
+            np.testing.assert_allclose(one[name], two[name], rtol=1e-5, atol=1e-7, err_msg=name)
+
+
+def test_norms_of_gradients_are_the_same_in_one_pass(tiny_config):
+    with paddle.utils.unique_name.guard():
+        parameters = Unimo2Model(tiny_config).parameters()
+    for p in parameters[1:]:
+        (p * p).sum().backward()
+    found = gradient_norms(parameters)
+    with fused.plain():
+        plain = gradient_norms(parameters)
+    assert found == pytest.approx(plain, rel=1e-5) and len(plain) == len(parameters) - 1

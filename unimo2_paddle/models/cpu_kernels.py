@@ -561,3 +561,52 @@ def cut_patches(image, size, patch, shift, tiles, first, last):
                 inside = y >= shift and x >= shift
                 for c in range(3):
                     out[b, y // patch, x // patch, c, y % patch, x % patch] = pixels[b, y - shift, x - shift, c] if inside else _ZERO
+
+
+@_compiled()
+def square_sums(addresses, counts, first, last, sums):
+    """Of vectors at addresses, laid end to end, the numbers ``first`` to ``last``: adds each vector's squares to its place in ``sums``."""
+    start = 0
+    for place in range(counts.shape[0]):
+        begin, end = max(first - start, 0), min(last - start, counts[place])
+        start += counts[place]
+        if begin >= end:
+            continue
+        values, total = _row(addresses[place], end), 0.0
+        for block in range(begin, end, 4096):
+            part = _ZERO
+            for j in range(block, min(block + 4096, end)):
+                part += values[j] * values[j]
+            total += part
+        sums[place] += total
+
+
+@_compiled()
+def adamw(parameters, gradients, moments1, moments2, powers1, powers2, counts, rates, decays, beta1, beta2, epsilon, scale, first, last):
+    """Paddle's AdamW on the numbers ``first`` to ``last`` of all parameters laid end to end; gradients count ``scale`` times.
+
+    Addresses int64; rates, decays: float32 per parameter. The powers of the betas are read only.
+    """
+    start = 0
+    for place in range(counts.shape[0]):
+        begin, end = max(first - start, 0), min(last - start, counts[place])
+        start += counts[place]
+        if begin >= end:
+            continue
+        values, gradient = _row(parameters[place], end), _row(gradients[place], end)
+        means, squares = _row(moments1[place], end), _row(moments2[place], end)
+        correction = np.sqrt(_ONE - _row(powers2[place], 1)[0])
+        rate = rates[place] * correction / (_ONE - _row(powers1[place], 1)[0])
+        kept, floor = _ONE - rates[place] * decays[place], epsilon * correction
+        for j in range(begin, end):
+            own = gradient[j] * scale
+            means[j] = beta1 * means[j] + (_ONE - beta1) * own
+            squares[j] = beta2 * squares[j] + (_ONE - beta2) * own * own
+            values[j] = values[j] * kept - rate * means[j] / (np.sqrt(squares[j]) + floor)
+
+
+@_compiled()
+def scale_numbers(addresses, factor):
+    """Multiply the single numbers at addresses."""
+    for place in range(addresses.shape[0]):
+        _row(addresses[place], 1)[0] *= factor

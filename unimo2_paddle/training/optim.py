@@ -6,6 +6,7 @@ from typing import List
 import paddle
 
 from unimo2_paddle.errors import ConfigError
+from unimo2_paddle.training.fused_adamw import FusedAdamW
 from unimo2_paddle.training.schedule import SCHEDULES
 
 DECAY_RULES = ("standard", "authors")
@@ -119,6 +120,6 @@ def build_optimizer(parameters, config):
     for parameter in parameters:
         parameter.optimize_attr["learning_rate"] = scales[parameter.name]
     clip = paddle.nn.ClipGradByGlobalNorm(config.clip_norm) if config.clip_norm > 0 else None
-    return paddle.optimizer.AdamW(
+    return FusedAdamW(
         learning_rate=config.learning_rate, beta1=config.beta1, beta2=config.beta2, epsilon=config.epsilon, parameters=parameters,
         weight_decay=config.weight_decay, apply_decay_param_fun=lambda name: decays(name, config.decay_rule), grad_clip=clip)

@@ -11,6 +11,7 @@ from unimo2_paddle.checkpoints import store
 from unimo2_paddle.checkpoints.convert import read_safetensors
 from unimo2_paddle.checkpoints.released import parameter_arrays
 from unimo2_paddle.errors import CheckpointError, TrainingError
+from unimo2_paddle.training.fused_adamw import fits, square_sums
 
 FIRST_STEPS = 3   # of every kind of step: how many may pass before a parameter without gradient is reported
 SHOWN = 20        # names in a message
@@ -25,6 +26,9 @@ def gradient_norms(parameters, scale=1.0):
     graded = [(p.name, p.grad) for p in parameters if p.grad is not None]
     if not graded:
         return {}
+    if fits([gradient for _, gradient in graded]):
+        norms = np.sqrt(square_sums([gradient for _, gradient in graded])) / scale
+        return {name: norm for (name, _), norm in zip(graded, norms.tolist())}
     # half precision would overflow in the sum of squares
     wide = [g if g.dtype == paddle.float32 else g.astype("float32") for _, g in graded]
     norms = paddle.stack([paddle.linalg.norm(gradient.reshape([-1])) for gradient in wide])
