@@ -7,6 +7,12 @@ import paddle
 from unimo2_paddle.models import fused
 
 
+def _kernels():
+    from unimo2_paddle.training import update_kernels  # compiled code is loaded when it is used
+
+    return update_kernels
+
+
 def _counts(tensors):
     return np.array([math.prod(tensor.shape) for tensor in tensors], np.int64)  # Tensor.size is 50 times slower
 
@@ -16,7 +22,7 @@ def square_sums(tensors):
     counts = _counts(tensors)
     addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
     sums = np.zeros((fused.threads(), len(counts)))
-    fused.share(int(counts.sum()), None, lambda part, room, first, last: fused.kernels().square_sums(addresses, counts, first, last, sums[part]))
+    fused.share(int(counts.sum()), None, lambda part, room, first, last: _kernels().square_sums(addresses, counts, first, last, sums[part]))
     return sums.sum(axis=0)
 
 
@@ -50,7 +56,7 @@ class FusedAdamW(paddle.optimizer.AdamW):
         tables = [np.array([t.data_ptr() for t in group], np.int64) for group in (trained, gradients, *moments)]
         counts = _counts(trained)
         numbers = [np.float32(v) for v in (self._beta1, self._beta2, self._epsilon, scale)]
-        fused.share(int(counts.sum()), None, lambda part, room, first, last: fused.kernels().adamw(
+        fused.share(int(counts.sum()), None, lambda part, room, first, last: _kernels().adamw(
             *tables, counts, rates, decay, *numbers, first, last))
         for powers, beta in zip(tables[4:], numbers):
-            fused.kernels().scale_numbers(powers, beta)
+            _kernels().scale_numbers(powers, beta)
