@@ -190,12 +190,11 @@ class Experiment:
         for claim in claims:
             groups.setdefault(CLAIMS[claim], seeds or SEEDS[claim])
         for arms, count in groups.items():
-            for seed in range(1, count + 1):
-                for size in sorted(self.sweep.pairs, key=lambda size: (size != self.sweep.middle, size)):
+            for size in sorted(self.sweep.pairs, key=lambda size: (size != self.sweep.middle, size)):
+                for seed in range(1, count + 1):
                     for arm in arms:
-                        if not arm.all_sizes and size != self.sweep.middle:
-                            continue
-                        yield from self._missing(arm, size, seed)
+                        if arm.all_sizes or size == self.sweep.middle:
+                            yield from self._missing(arm, size, seed)
 
     def _missing(self, arm, size, seed):
         rates = self.sweep.learning_rates if arm.trained else [0.0]

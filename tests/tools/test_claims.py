@@ -65,7 +65,8 @@ def test_the_grid_is_tried_with_seed_1_and_what_the_development_split_prefers_go
     for run in main:
         if run.seed == 2 or run.size != 400:
             assert run.rate == (4e-3 if run.arm.name.startswith("grounded") else 2e-3)
-    assert [run.seed for run in main] == [1] * 16 + [2] * 12, "seed by seed, so that a part of the sweep compares all arms"
+    assert [(run.size, run.seed) for run in main] == [
+        cell for size in (400, 100, 1600) for seed, runs in ((1, 8 if size == 400 else 4), (2, 4)) for cell in [(size, seed)] * runs], "all arms first"
     assert not list(experiment.plan(["dictionary"], seeds=2)), "what is there is not done again"
     assert {run.seed for run in experiment.plan(["dictionary"], seeds=3)} == {3}
 
