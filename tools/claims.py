@@ -219,7 +219,7 @@ class Experiment:
         """Train what is to train, judge it, and keep the result."""
         directory = os.path.join(self.sweep.output, "runs", run.name)
         keys = [*self.keys(run), f"run.output={directory}", "run.evaluate_at_end=false", "run.progress=false"]
-        self._initial(run.seed, keys)
+        self._initial(run.seed)
         started = time.perf_counter(), time.process_time()
         if run.arm.trained:
             self._train(keys)
@@ -231,7 +231,7 @@ class Experiment:
             shutil.rmtree(os.path.join(directory, "checkpoints"), ignore_errors=True)  # the model is in best/
         self.results.write(run, {**told, **{split: {key: round(value, 4) for key, value in values.items()} for split, values in judged.items()}})
 
-    def _initial(self, seed, keys):
+    def _initial(self, seed):
         """The weights that all arms of a seed start from: those of the whole grounded model."""
         path = os.path.join(self.sweep.output, f"initial-{seed}")
         if os.path.isdir(path):
