@@ -136,6 +136,12 @@ def _completion(args):
     print(completion_script(build_parser(), args.shell), end="")
 
 
+def _plan(args):
+    from unimo2_paddle.planning import Assumptions, describe
+
+    print(describe(args.config, args.override, args.devices, Assumptions(args.tflops, args.utilisation, args.bandwidth, args.words)))
+
+
 def _demo_data(args):
     from unimo2_paddle.data.demo import write_demo_data
 
@@ -152,7 +158,7 @@ def _demo(args):
     run_demo(args.out, seed=args.seed)
 
 
-_WITH_PADDLE = (_train, _eval, _predict, _export, _explain, _index, _search, _validate, _init, _demo)
+_WITH_PADDLE = (_train, _eval, _plan, _predict, _export, _explain, _index, _search, _validate, _init, _demo)
 
 
 def _add_config_arguments(parser):
@@ -186,6 +192,14 @@ def build_parser():
     add_export_arguments(command("export", _export, "Export a checkpoint to paddle.inference and ONNX, compared with the model."))
     sub = command("validate", _validate, "Check a run configuration and print it resolved, or every error at once.")
     _add_config_arguments(sub)
+
+    sub = command("plan", _plan, "Reckon operations, memory and communication of a pre-training step on so many devices.")
+    _add_config_arguments(sub)
+    sub.add_argument("--devices", type=int, default=1, metavar="N", help="devices that share the batches; default: 1")
+    sub.add_argument("--words", type=int, default=24, metavar="N", help="tokens that captions are padded to; default: 24")
+    sub.add_argument("--tflops", type=float, default=156.0, help="what a device reaches at best, 10^12 operations a second; default: 156 (an A100 in TF32)")
+    sub.add_argument("--utilisation", type=float, default=0.35, metavar="SHARE", help="the share of it that a step reaches; default: 0.35")
+    sub.add_argument("--bandwidth", type=float, default=100.0, metavar="GB/S", help="of a device in a ring; default: 100")
 
     sub = command("status", _status, "Show what a run is doing: progress, losses, speed, checkpoint, whether it is alive.")
     sub.add_argument("run", metavar="OUTPUT", help="output directory of the run, for example output/demo/pretrain")

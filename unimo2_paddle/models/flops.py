@@ -4,6 +4,8 @@ Only matrix products count, two operations per multiply-add; norms, activations,
 the convention of "model FLOPs utilisation" (PaLM, arXiv 2204.02311, appendix B): what the model needs, not what recomputation or an
 implementation adds. A backward pass needs twice a forward one.
 """
+from typing import NamedTuple
+
 
 
 def encoder_flops(hidden, layers, positions, rows=None):
@@ -73,3 +75,30 @@ def unimo_flops(config, samples, regions=0, objects=0, length=0, first_only=Fals
 def prediction_flops(config, positions, classes):
     """Forward operations of the tied output layer (words, or grounded tokens) at ``positions`` places."""
     return positions * (2.0 * config.hidden_size ** 2 + 2.0 * config.hidden_size * classes)
+
+
+class Pass(NamedTuple):
+    """One trip of a batch through a part of UNIMO-2; what it costs is reckoned from it (operations here, memory in ``models/memory.py``).
+
+    ``part``: image, text, fusion, words or codes (the tied output layers, where ``samples`` counts positions). ``image``, ``length``, ``first_only``,
+    ``with_loss``, ``layout``: of a fusion, as in :func:`fusion_flops`.
+    """
+
+    part: str
+    samples: int
+    length: int = 0
+    image: bool = True
+    first_only: bool = False
+    with_loss: bool = True
+    layout: str = "pair"
+
+
+def pass_flops(config, one):
+    """Forward operations of a :class:`Pass`."""
+    if one.part == "image":
+        return image_flops(config, one.samples)
+    if one.part == "text":
+        return text_flops(config, one.samples, one.length)
+    if one.part == "fusion":
+        return fusion_flops(config, one.samples, one.image, one.length, one.first_only, one.with_loss, one.layout)
+    return prediction_flops(config, one.samples, config.text_vocab_size if one.part == "words" else config.num_codebook)

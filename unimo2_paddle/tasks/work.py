@@ -7,7 +7,7 @@ import numpy as np
 
 from unimo2_paddle.data.collate import PAD_POSITION
 from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig
-from unimo2_paddle.models.flops import fusion_flops, image_flops, patches, prediction_flops, text_flops, unimo_flops
+from unimo2_paddle.models.flops import Pass, fusion_flops, image_flops, pass_flops, patches, prediction_flops, text_flops, unimo_flops
 
 TRAINING = 3.0  # forward, and twice that for the backward pass
 PICTURES = ("image", "first_view", "second_view")
@@ -82,45 +82,45 @@ def retrieval_work(config, batch, pairs):
 
 def pretraining_work(config, batch, train):
     """Work of a pre-training batch under the objectives of ``PretrainTrain``."""
-    passes = {"pairs": _pair_flops, "images": _image_flops, "texts": _text_flops}[batch["corpus"]]
-    return count_tokens(config, batch), TRAINING * passes(config, batch, train)
+    return count_tokens(config, batch), TRAINING * sum(pass_flops(config, one) for one in pretraining_passes(config, batch, train))
 
 
-def _pair_flops(config, batch, train):
+def pretraining_passes(config, batch, train):
+    """The trips of a pre-training batch through the model's parts, a list of ``Pass`` in the order of ``PretrainTask.loss``."""
+    return {"pairs": _pair_passes, "images": _image_passes, "texts": _text_passes}[batch["corpus"]](config, batch, train)
+
+
+def _pair_passes(config, batch, train):
     weights, (pairs, length), fused = train.pairs, batch["input_ids"].shape, len(batch["fused"])
     shared = train.text_for_matching == "masked"
-    flops = image_flops(config, pairs) + text_flops(config, pairs, length)
+    passes = [Pass("image", pairs), Pass("text", pairs, length)]
     if weights.masked_lm or shared:
-        flops += text_flops(config, fused, length)
+        passes.append(Pass("text", fused, length))
     if weights.matching or weights.dictionary or weights.masked_grounding or (shared and weights.masked_lm):
         first_only = not (weights.masked_grounding or (shared and weights.masked_lm))
-        flops += fusion_flops(config, fused, True, length, first_only)
+        passes.append(Pass("fusion", fused, length, first_only=first_only))
     if weights.matching:
-        flops += fusion_flops(config, fused * train.matching_negatives, True, length, first_only=True, with_loss=False)
+        passes.append(Pass("fusion", fused * train.matching_negatives, length, first_only=True, with_loss=False))
     if weights.masked_grounding and "token_mask" in batch:
-        flops += prediction_flops(config, fused * config.topk_value, config.num_codebook)
+        passes.append(Pass("codes", fused * config.topk_value))
     if weights.masked_lm:
-        flops += prediction_flops(config, len(batch["labels"]), config.text_vocab_size)
         if not shared:
-            flops += fusion_flops(config, fused, True, length, with_loss=False)
+            passes.append(Pass("fusion", fused, length, with_loss=False))
+        passes.append(Pass("words", len(batch["labels"])))
     if weights.caption:
-        flops += text_flops(config, fused, length) + fusion_flops(config, fused, True, length, layout="caption")
-        flops += prediction_flops(config, fused * (length - 1), config.text_vocab_size)
-    return flops
+        passes += [Pass("text", fused, length), Pass("fusion", fused, length, layout="caption"), Pass("words", fused * (length - 1))]
+    return passes
 
 
-def _image_flops(config, batch, train):
+def _image_passes(config, batch, train):
     views = 2 * len(batch["first_view"])
-    flops = image_flops(config, views) + fusion_flops(config, views)
-    if train.images.masked_grounding and "token_mask" in batch:
-        flops += prediction_flops(config, views * config.topk_value, config.num_codebook)
-    return flops
+    codes = [Pass("codes", views * config.topk_value)] if train.images.masked_grounding and "token_mask" in batch else []
+    return [Pass("image", views), Pass("fusion", views), *codes]
 
 
-def _text_flops(config, batch, _):
+def _text_passes(config, batch, _):
     texts, length = batch["input_ids"].shape
-    return (text_flops(config, texts, length) + fusion_flops(config, texts, False, length)
-            + prediction_flops(config, len(batch["labels"]), config.text_vocab_size))
+    return [Pass("text", texts, length), Pass("fusion", texts, length, image=False), Pass("words", len(batch["labels"]))]
 
 
 def unimo_pretraining_work(config, batch, train):
