@@ -1,4 +1,6 @@
 """The plan of a step against the step itself: memory as Paddle counts it, parameters, operations, what is sent."""
+import gc
+
 import numpy as np
 import paddle
 import pytest
@@ -6,7 +8,7 @@ import pytest
 from unimo2_paddle import planning
 from unimo2_paddle.config import load_run_config
 from unimo2_paddle.errors import UserInputError
-from unimo2_paddle.models.memory import encoder_memory, passes_memory, step_peak
+from unimo2_paddle.models.memory import encoder_memory, step_peak
 from unimo2_paddle.models.transformer import Encoder
 from unimo2_paddle.tasks.base import Shard, task_class, to_tensors
 from unimo2_paddle.tasks.work import pretraining_passes, pretraining_work
@@ -48,8 +50,11 @@ def test_a_stack_keeps_what_is_planned(plain_kernels, pre_norm, dropout, rows):
     assert planned == pytest.approx(kept, rel=0.03) and out.shape[1] == (rows or 50)
 
 
+# larger than the tiny model, whose small tensors are no less than its large ones
+LARGER = {"model.hidden_size": 64, "model.text_hidden_size": 64, "model.vit_hidden_size": 64, "model.image_size": 64, "model.position_grid": 4,
+          "mixture.global_batch": {"pairs": 8, "images": 8, "texts": 8}}
 CASES = {
-    "pairs": {}, "recomputed": {"run.recompute": True},
+    "pairs": {}, "recomputed": {"run.recompute": True, "model.num_hidden_layers": 5, "model.text_num_hidden_layers": 3, "model.vit_num_hidden_layers": 3},
     "texts": {"mixture.weights": {"texts": 1.0}}, "images": {"mixture.weights": {"images": 1.0}},
     "no dropout": {"model.hidden_dropout_prob": 0.0, "train.text_for_matching": "masked"},
 }
@@ -59,8 +64,9 @@ CASES = {
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
 def test_the_peak_of_a_training_step_is_within_15_percent_of_the_plan(plain_kernels, pretrain_config, changes):
     dropout = {f"model.{part}{kind}_dropout_prob": 0.1 for part in ("", "text_") for kind in ("hidden", "attention_probs")}
-    config = load_run_config(pretrain_config({"mixture.weights": {"pairs": 1.0}, **dropout, **changes}))
+    config = load_run_config(pretrain_config({"mixture.weights": {"pairs": 1.0}, **LARGER, **dropout, **changes}))
     task = task_class("pretrain")(config)
+    gc.collect()
     empty = allocated()
     model = task.build_model()
     model.train()
@@ -80,9 +86,12 @@ def test_the_peak_of_a_training_step_is_within_15_percent_of_the_plan(plain_kern
     peak, batch = peak_of(step)
     batches.close()
     parameters = int(sum(np.prod(p.shape) for p in model.parameters()))
-    planned = step_peak(parameters, passes_memory(model.config, pretraining_passes(model.config, batch, config.train), config.run.recompute))
-    assert planned["peak"] == pytest.approx(standing + peak, rel=0.15)
-    assert planned["parameters"] + planned["optimizer"] == pytest.approx(standing, rel=0.05)
+    passes = pretraining_passes(model.config, batch, config.train)
+    planned = step_peak(model.config, parameters, passes, config.run.recompute)
+    kept_throughout = planned["parameters"] + planned["optimizer"]
+    assert planned["peak"] - kept_throughout == pytest.approx(peak, rel=0.15)
+    if batch["corpus"] == "pairs":  # other steps do not train every parameter
+        assert kept_throughout == pytest.approx(standing, rel=0.05) and planned["peak"] == pytest.approx(standing + peak, rel=0.1)
 
 
 def test_parameters_are_those_of_the_model(tiny_config):

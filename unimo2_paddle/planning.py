@@ -8,6 +8,7 @@ from typing import Dict
 
 import numpy as np
 
+from unimo2_paddle.data.mixture import CORPORA
 from unimo2_paddle.errors import UserInputError
 
 TRAINING = 3.0
@@ -64,7 +65,6 @@ class Step:
     corpus: str
     samples: int                   # per device and micro-batch
     flops: float
-    kept: float
     memory: Dict[str, float]       # see ``step_peak``
     sent: float                    # bytes that a device sends: gradients, features, sharded parameters
     seconds: float
@@ -77,8 +77,8 @@ def plan(config, devices, assumptions):
     Raises:
         UserInputError: another task than UNIMO-2's pre-training, or batches that so many devices cannot share.
     """
-    from unimo2_paddle.models.memory import passes_memory, step_peak
     from unimo2_paddle.models.flops import pass_flops
+    from unimo2_paddle.models.memory import step_peak
     from unimo2_paddle.tasks.work import pretraining_passes
 
     if config.task != "pretrain":
@@ -88,7 +88,7 @@ def plan(config, devices, assumptions):
     assumptions.check()
     model, run, train = config.model.model_config(), config.run, config.train
     parameters, steps = count_parameters(model), []
-    for corpus in [name for name, weight in config.mixture.weights.items() if weight > 0]:
+    for corpus in [name for name in CORPORA if config.mixture.weights.get(name, 0) > 0]:
         whole = config.mixture.global_batch[corpus]
         if whole % (devices * train.accumulate):
             raise UserInputError(f"mixture.global_batch.{corpus}: {whole} samples cannot be shared by {devices} devices in {train.accumulate} micro-batches; "
@@ -97,11 +97,10 @@ def plan(config, devices, assumptions):
         samples = whole // (devices * train.accumulate)
         passes = pretraining_passes(model, example_batch(config, corpus, samples, assumptions.words), train)
         flops = TRAINING * train.accumulate * sum(pass_flops(model, one) for one in passes)
-        kept = passes_memory(model, passes, run.recompute)
-        memory = step_peak(parameters, kept, devices if run.sharding else 1, config.optim.ema > 0)
+        memory = step_peak(model, parameters, passes, run.recompute, devices if run.sharding else 1, config.optim.ema > 0)
         sent = _sent(model, parameters, devices, samples * train.accumulate, run.sharding)
         recomputed = 4.0 / 3.0 if run.recompute else 1.0  # the forward pass runs twice
-        steps.append(Step(corpus, samples, flops, kept.kept, memory, sent, flops * recomputed / (assumptions.tflops * 1e12 * assumptions.utilisation),
+        steps.append(Step(corpus, samples, flops, memory, sent, flops * recomputed / (assumptions.tflops * 1e12 * assumptions.utilisation),
                           sent / (assumptions.bandwidth * 1e9)))
     return steps, parameters
 

@@ -66,7 +66,7 @@ def measure(options):
         config, batch = models["dynamic"].config, BATCH[options.size]
         inputs = {name: inputs_of(model, batch) for name, model in models.items()}
         version, ask = stack.enter_context(torch_process(options.torch_python, config, inputs["dynamic"]))
-        for turn in range(options.repeats + 1):
+        for _ in range(options.repeats + 1):
             for part in inputs["dynamic"]:
                 for name in PRECISIONS:
                     times.setdefault((part, name), []).append(seconds_of(*inputs[name][part]))
@@ -84,8 +84,8 @@ def _lines(times, inputs, config, batch, version):
             parts = list(inputs) if part == "all" else [part]
             mine, other = ([sum(turn) for turn in zip(*(times[one, kind] for one in parts))] for kind in (ours, f"torch {theirs}"))
             flops = sum(work[one] for one in parts)
+            floor = f"{flops / 1e9:.3g} GFLOP, {flops / np.median(mine) / 1e9:.0f} GFLOP/s reached; Paddle's matrix products: {rate:.0f}."
             title = "the three encoders" if part == "all" else f"the {part} encoder"
-            yield compare(f"forward of {title}, {'dynamic graph' if ours == 'dynamic' else f'oneDNN {ours}'} against PyTorch {theirs}", mine, other, "ms",
-                          scale=1e3, at_least=at_least if part == "all" else None,
-                          floor=f"{flops / 1e9:.3g} GFLOP, {flops / np.median(mine) / 1e9:.0f} GFLOP/s reached; matrix products of the dynamic graph: {rate:.0f}."
-                          if part == "all" else "", note=f"PyTorch {version}, batch of {batch}." if part == "all" else "")
+            side = "dynamic graph" if ours == "dynamic" else f"oneDNN {ours}"
+            yield compare(f"forward of {title}, {side} against PyTorch {theirs}", mine, other, "ms", scale=1e3, at_least=at_least if part == "all" else None,
+                          floor=floor if part == "all" else "", note=f"PyTorch {version}, batch of {batch}." if part == "all" else "")

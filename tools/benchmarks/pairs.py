@@ -75,8 +75,8 @@ def _full(parts, authors, off, spread, floor, config):
         yield compare(
             f"retrieval evaluation, all pairs of {images} x {texts}, {NAMES[name]}", mine, other, "pairs/s", amount=images * texts,
             at_least=at_least, floor=floor,
-            note=f"Put together from the measured time of a picture, a caption and a pair. Scores differ from the authors' procedure by at most {off[name]:.1e} "
-                 f"(their spread: {spread:.2g}){'' if exact else ', TOO MUCH'}. By operations alone the ratio would be {whole / ours:.2f}.")
+            note="Put together from the measured time of a picture, a caption and a pair. Scores differ from the authors' procedure by at most "
+                 f"{off[name]:.1e} (their spread: {spread:.2g}){'' if exact else ', TOO MUCH'}. By operations alone the ratio would be {whole / ours:.2f}.")
 
 
 def _shortlist(parts, authors):
@@ -89,7 +89,7 @@ def _shortlist(parts, authors):
     for name in ("fp32", "bf16"):
         mine = [float(found @ (images, texts, pairs)) + choosing for found in parts[name]]
         yield compare(
-            f"retrieval evaluation with a shortlist of {RERANK}, {images:,} x {texts:,}, {NAMES[name]}", mine, [seconds * images * texts for seconds in authors],
-            "hours", scale=1 / 3600, at_least=10,
+            f"retrieval evaluation with a shortlist of {RERANK}, {images:,} x {texts:,}, {NAMES[name]}", mine,
+            [seconds * images * texts for seconds in authors], "hours", scale=1 / 3600, at_least=10,
             note=f"Extrapolated from the measured time of a picture, a caption and a pair: {pairs:,} pairs against {images * texts:,} of the authors' "
                  f"procedure; choosing them took {choosing:.2f} s. Recall on the demo's test split is in the row demo_recall.")

@@ -8,14 +8,14 @@ from unimo2_paddle.models.unimo2 import Unimo2Model
 from unimo2_paddle.tasks.base import ModelSection
 from unimo2_paddle.tasks.retrieval import RetrievalDataset
 
-# picture size, and a config's keys that a shorter model changes
-BASE_PICTURE = {"tiny": 64, "base": 384}
+PICTURE = {"tiny": 64, "base": 384}
 NO_DROPOUT = {f"{part}{kind}_dropout_prob": 0.0 for part in ("", "text_", "vit_") for kind in ("hidden", "attention_probs")}
 
 
 def build(size, **overrides):
     """An untrained ``Unimo2Model`` of demo size, or of base width at 384 pixels, in evaluation mode; ``overrides``: keys of its config."""
-    config = ModelSection(f"unimo2_{'demo' if size == 'tiny' else 'base'}", overrides={"image_size": BASE_PICTURE[size], **NO_DROPOUT, **overrides}).model_config()
+    name = "unimo2_demo" if size == "tiny" else "unimo2_base"
+    config = ModelSection(name, overrides={"image_size": PICTURE[size], **NO_DROPOUT, **overrides}).model_config()
     paddle.seed(1)
     with paddle.utils.unique_name.guard():
         model = Unimo2Model(config)

@@ -7,7 +7,6 @@ implementation adds. A backward pass needs twice a forward one.
 from typing import NamedTuple
 
 
-
 def encoder_flops(hidden, layers, positions, rows=None):
     """Forward operations of one sample in a Transformer encoder with 4H feed-forward layers.
 

@@ -84,29 +84,36 @@ def _fusion_memory(config, one, recompute):
         config.attention_probs_dropout_prob, rows, recompute, masked))
 
 
-def passes_memory(config, passes, recompute=False):
-    """:class:`Kept` of all passes of a step."""
-    total = Kept()
-    for one in passes:
-        total = total.with_(pass_memory(config, one, recompute))
-    return total
+def _gradient_bytes(config, part):
+    """Gradients that exist once a pass through this part has gone backward; the word table counts with text and words alike."""
+    layer = 12 * config.hidden_size ** 2 + 13 * config.hidden_size
+    if part in ("words", "text"):
+        table = {"table": FLOAT * config.text_vocab_size * config.hidden_size}
+        return table if part == "words" else {**table, "text": FLOAT * layer * len(config.text_enc_layers)}
+    layers = {"image": config.vit_num_hidden_layers, "fusion": len(config.grounding_enc_layers)}
+    return {part: FLOAT * layer * layers.get(part, 0)}
 
 
-def step_peak(parameters, kept, shared=1, averaged=False):
+def step_peak(config, parameters, passes, recompute=False, shared=1, averaged=False):
     """The most bytes that one worker holds in a training step, by part.
 
+    Backward passes go through ``passes`` from the last to the first: what these keep goes, gradients come.
+
     Args:
-        parameters: their number; kept: of the passes of one micro-batch; shared: workers that share the optimizer's state (1: each has all);
+        parameters: their number; passes: of one micro-batch; shared: workers that share the optimizer's state (1: each has all);
         averaged: a running average of the weights is kept too.
 
     Returns:
-        dict of bytes: parameters, gradients, optimizer, average, activations (without the gradients' share of the time: activations go while
-        gradients come), peak.
+        dict of bytes: parameters, gradients, optimizer, average, activations (the most at a time), peak.
     """
-    weights = FLOAT * parameters
+    weights, found = FLOAT * parameters, [pass_memory(config, one, recompute) for one in passes]
+    left, come, moving, activations = sum(kept.kept for kept in found), {}, weights, 0.0
+    for one, kept in zip(reversed(passes), reversed(found)):
+        now = left + kept.layer + kept.passing
+        activations, moving = max(activations, now), max(moving, now + sum(come.values()))
+        left -= kept.kept
+        come.update(_gradient_bytes(config, one.part))
+        moving = max(moving, left + sum(come.values()))
     parts = {"parameters": weights, "gradients": weights, "optimizer": 2.0 * weights / shared, "average": weights * bool(averaged),
-             "activations": kept.kept + kept.layer + kept.passing}
-    standing = parts["parameters"] + parts["optimizer"] + parts["average"]
-    # recomputation ends with the gradients there; without it the activations of the last layers are gone when those of the first ones come
-    moving = max(kept.kept + kept.passing, weights) if not kept.layer else kept.kept + kept.layer + kept.passing + weights
-    return {**parts, "peak": standing + moving}
+             "activations": activations}
+    return {**parts, "peak": parts["parameters"] + parts["optimizer"] + parts["average"] + moving}
