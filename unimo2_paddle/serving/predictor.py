@@ -158,12 +158,12 @@ class Predictor:
                 results += self.kind.classified(np.stack(pictures[first: first + batch_size]), features, classes)
         return results
 
-    def run(self, requests):
+    def run(self, requests: Sequence[Request]) -> List[Result]:
         """The results of a list of requests that :meth:`check` returned, in one forward."""
         with paddle.no_grad():
             return self.kind.predict(requests)
 
-    def check(self, request, name="request"):
+    def check(self, request: Mapping[str, Any], name: str = "request") -> Request:
         """A mapping with the arguments of a call as a :class:`Request`: complete, its picture decoded; messages call it ``name``.
 
         Raises:
