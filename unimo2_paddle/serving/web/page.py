@@ -61,7 +61,8 @@ class Page:
         try:
             return {**told, "available": self.pairs is not None and bool(grounded_model(self.pairs))}
         except UserInputError:
-            return {**told, "reason": "this server's model for pairs has no grounded dictionary"}
+            what = "is an exported one, which lacks it; name its checkpoint" if self.pairs.exported else "has no grounded dictionary"
+            return {**told, "reason": f"this server's model for pairs {what}"}
 
     def explain(self, image, text):
         """Grounded tokens of a picture (bytes of a file) and a sentence, or of one of them, as plain Python."""
