@@ -27,12 +27,16 @@ def prepare_process():
     * ``MKL_DEBUG_CPU_TYPE`` on AMD: the MKL inside Paddle's wheel takes its slowest path on AMD processors; 7 selects its AVX-512
       path, 5 the AVX2 one, which is 2.5 to 3 times faster than the slowest. Measured on one core of a Zen 5 EPYC at the demo's
       sizes: 5 reaches 114 GFLOP/s, 7 reaches 230.
+    * ``KMP_BLOCKTIME=0``: threads of Paddle's operations sleep between them. By default they spin for 0.2 s, on cores that fused layers
+      (models/fused.py), data workers and other programs need: two threads of a plain demo step on a busy machine
+      took 1151 ms (482 ms of processor time), sleeping 541 ms (403 ms).
     * glibc keeps large blocks instead of giving them back to the kernel after every operation (GELU and bias additions: half the
       time); see reference facts on page faults.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = int(os.environ.get("PADDLE_LOCAL_SIZE", os.environ.get("PADDLE_TRAINERS_NUM", "1")))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, workers))))
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
     vendor, flags, _ = _cpu_facts()
     if vendor == "AuthenticAMD" and AVX512 <= set(flags):
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "7")
