@@ -1,6 +1,8 @@
 """The fused CPU form of a Transformer layer equals the layer written with Paddle's operations, its slow twin."""
+import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import paddle
@@ -210,3 +212,13 @@ def test_without_numba_the_layers_are_plain():
     code = ("import zlib, sys; sys.modules['numba'] = None; import paddle\n"
             "from unimo2_paddle.models import fused; assert fused.kernels() is None and not fused.applies(paddle.ones([2, 3, 4]))")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_compiled_code_goes_where_it_can_be_written(monkeypatch):
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    fused._find_cache()
+    assert "NUMBA_CACHE_DIR" not in os.environ  # beside the source or, numba's own second choice, among the user's caches
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    fused._find_cache()
+    assert os.environ["NUMBA_CACHE_DIR"].startswith(tempfile.gettempdir())
+    monkeypatch.delenv("NUMBA_CACHE_DIR")
