@@ -25,8 +25,8 @@ from unimo2_paddle.training.optim import build_optimizer
 DEMO = Path(__file__).resolve().parents[2] / "run_configs" / "pretrain" / "demo.yaml"
 CHANGES = {
     "tiny": [],
-    "base": ["model={config: unimo2_base, image_size: 224, text_vocab_size: 512}", "mixture.global_batch={pairs: 4}", "train.matching_group=4", "train.fused_per_group=0",
-             "train.pairs={contrastive: 1.0}", "optim.learning_rate=1.0e-5"],
+    "base": ["model={config: unimo2_base, image_size: 224, text_vocab_size: 512}", "mixture.global_batch={pairs: 4}", "train.matching_group=4",
+             "train.fused_per_group=0", "train.pairs={contrastive: 1.0}", "optim.learning_rate=1.0e-5"],
 }
 
 
