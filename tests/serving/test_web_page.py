@@ -1,7 +1,8 @@
-"""The web page in a real browser: what it sends and shows, its states, its keyboard and its layout. The server is a stand-in with fixed answers."""
+"""The web page in a real browser: what it sends and shows, its states, its keyboard and its layout; before a stand-in with fixed answers and the service."""
 import base64
 import json
 import shutil
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -10,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
+from unimo2_paddle import Predictor
+from unimo2_paddle.serving.indexing import update_index
 from unimo2_paddle.serving.web.page import HEADERS, STATIC
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (requirements-test.txt)")
@@ -291,3 +294,39 @@ def test_a_phone_needs_no_sideways_scrolling_and_has_targets_for_fingers(browser
 def test_the_page_names_no_other_host():
     for path in Path(STATIC).iterdir():
         assert "http:" not in path.read_text() and "https:" not in path.read_text() and "//cdn" not in path.read_text(), path
+
+
+@pytest.fixture
+def service(grounded, folder, tmp_path):
+    """The address of the real service with the tiny model for pairs and an index."""
+    uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra serve)")
+    module = pytest.importorskip("unimo2_paddle.serving.service", reason="the packages of the extra serve are not installed", exc_type=ImportError)
+    predictor = Predictor(grounded.directory)
+    index, _ = update_index(predictor, folder, tmp_path / "index")
+    server = uvicorn.Server(uvicorn.Config(module.create_app({"score": predictor}, index=index), port=0, log_config=None))
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    server.should_exit = True
+    thread.join(60)
+
+
+def test_the_page_of_the_real_service_searches_and_shows_grounded_tokens(browser, service):
+    page = browser.new_page()
+    page.set_default_timeout(PATIENCE)
+    page.goto(service)
+    sync_api.expect(page.locator("#server")).to_have_text("2 of 5 skills available; 6 pictures to search")
+    sync_api.expect(result(page, "caption")).to_contain_text("start the server with a model for captioning")
+    page.fill("#search input", "a ring")
+    page.click("#search button")
+    sync_api.expect(page.locator(".found li")).to_have_count(6)
+    page.wait_for_function("[...document.querySelectorAll('.found img')].every(image => (image.loading = 'eager', image.naturalWidth > 0))")
+    page.click(".found li:first-child button")
+    sync_api.expect(page.locator("#picture-name")).to_contain_text(".jpg")
+    page.fill("#explain input", "a red ring")
+    page.click("#explain button")
+    sync_api.expect(page.locator("#heat")).to_be_visible()
+    sync_api.expect(page.locator("#explain input[type=radio]")).to_have_count(5)  # the K = 4 tokens, and none
+    page.close()
