@@ -13,6 +13,7 @@ from unimo2_paddle.serving.command import add_arguments as add_predict_arguments
 from unimo2_paddle.serving.explain_command import add_arguments as add_explain_arguments
 from unimo2_paddle.serving.export_command import add_arguments as add_export_arguments
 from unimo2_paddle.serving.search_command import add_index_arguments, add_search_arguments
+from unimo2_paddle.serving.serve_command import add_arguments as add_serve_arguments
 
 
 def _train(args):
@@ -55,6 +56,12 @@ def _export(args):
     from unimo2_paddle.serving.export_command import run
 
     print(run(args))
+
+
+def _serve(args):
+    from unimo2_paddle.serving.serve_command import serve
+
+    serve(args)
 
 
 def _validate(args):
@@ -158,7 +165,7 @@ def _demo(args):
     run_demo(args.out, seed=args.seed)
 
 
-_WITH_PADDLE = (_train, _eval, _plan, _predict, _export, _explain, _index, _search, _validate, _init, _demo)
+_WITH_PADDLE = (_train, _eval, _plan, _predict, _export, _serve, _explain, _index, _search, _validate, _init, _demo)
 
 
 def _add_config_arguments(parser):
@@ -190,6 +197,7 @@ def build_parser():
     add_index_arguments(command("index", _index, "Index a folder of pictures (or a file of sentences) for search; only what is new is encoded."))
     add_search_arguments(command("search", _search, "Search an index by a sentence (or by a picture); the best are judged by the whole model."))
     add_export_arguments(command("export", _export, "Export a checkpoint to paddle.inference and ONNX, compared with the model."))
+    add_serve_arguments(command("serve", _serve, "Serve models over HTTP: JSON API, API page, web page, health and metrics."))
     sub = command("validate", _validate, "Check a run configuration and print it resolved, or every error at once.")
     _add_config_arguments(sub)
 

@@ -131,7 +131,7 @@ def test_an_exported_model_predicts_what_its_checkpoint_predicts(exported, reque
     for batch_size in (1, 3):
         for wanted, got in zip(made.predictor.predict_batch(given), loaded.predict_batch(given, batch_size)):
             assert_same(wanted, got)
-    assert all(one.relative <= 1e-5 and one.compared for one in made.differences)
+    assert all(one.excess <= 1e-5 and one.compared for one in made.differences)
 
 
 @pytest.mark.skipif(not has_onnx(), reason="onnxruntime and paddle2onnx for Paddle 3 are not installed")

@@ -24,6 +24,11 @@ class Difference(NamedTuple):
     absolute: float
     relative: float
 
+    @property
+    def excess(self):
+        """``relative``, of code scores a tenth: their temperature (100 and more) multiplies the rounding of the states, and they only order codes."""
+        return self.relative / (10.0 if self.output == "code_scores" else 1.0)
+
 
 def compare(predictor, exported):
     """Compare programs on random inputs that look like real ones.
@@ -62,6 +67,9 @@ def compare(predictor, exported):
                     raise CheckpointError(f"{exported.directory}: {exported.engine} program {name} gives {output} as {list(got[output].shape)}, "
                                           f"the model as {list(value.shape)}")
                 pair = value[rows], got[output][rows]
+                if output == "states" and "text_mask" in inputs:
+                    # a padded position sees nothing but the mask's -1e4, beside which float32 rounds to 1e-3; nobody reads its state
+                    pair = tuple(one * inputs["text_mask"][rows][:, :, None] for one in pair)
                 if exported.engine == "onnx" and "_prefix_" in output:
                     pair = tuple(np.sort(one, axis=2) for one in pair)  # chosen codes of equal scores stand in another order, which nothing reads
                 found.setdefault((name, output), []).append((*pair, value.shape))
@@ -123,5 +131,6 @@ def table(differences):
     lines = ["| engine | program | output | shape | rows | largest difference | of the largest value |", "|---|---|---|---|---|---|---|"]
     for one in differences:
         rows = str(one.rows) if one.compared == one.rows else f"{one.compared} of {one.rows}"
-        lines.append(f"| {one.engine} | {one.program} | {one.output} | {' x '.join(map(str, one.shape))} | {rows} | {one.absolute:.1e} | {one.relative:.1e} |")
+        found = f"{one.absolute:.1e} | {one.relative:.1e}" if one.compared else "all rows tie | -"
+        lines.append(f"| {one.engine} | {one.program} | {one.output} | {' x '.join(map(str, one.shape))} | {rows} | {found} |")
     return "\n".join(lines)

@@ -31,14 +31,14 @@ class Page:
         paths: for every card that other parts of the server answer (``caption``, ``answer``, ``entail``) the path it posts to, without leading slash.
         pairs: ``Predictor`` of a checkpoint for pairs (not an exported one), for grounded tokens and search; index: ``RetrievalIndex`` of pictures
             made with its weights.
-        image_bytes: largest picture file that the server takes.
+        image_bytes: largest picture file that the server takes; lock: held while the model computes.
 
     Raises:
         UserInputError: the index is not of pictures, or of another model.
     """
 
-    def __init__(self, paths=None, pairs=None, index=None, image_bytes=10 << 20):
-        self.paths, self.pairs, self.index, self.image_bytes, self._lock = dict(paths or {}), pairs, index, image_bytes, threading.Lock()
+    def __init__(self, paths=None, pairs=None, index=None, image_bytes=10 << 20, lock=None):
+        self.paths, self.pairs, self.index, self.image_bytes, self._lock = dict(paths or {}), pairs, index, image_bytes, lock or threading.Lock()
         if index is not None:
             if pairs is None or index.kind != "images":
                 raise UserInputError(f"{index.directory}: searching needs a model for pairs, and an index of pictures")
