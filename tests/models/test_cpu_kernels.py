@@ -135,6 +135,7 @@ def test_dropout_keeps_the_share_it_should_whatever_the_seed():
         assert abs(np.corrcoef(kept[1:], kept[:-1])[0, 1]) < 0.03
 
 
+@pytest.mark.skipif(paddle.__version__.startswith("2."), reason="Paddle 2.6.2 cannot recompute on CPU")
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_recomputed_layers_have_the_same_gradients_bit_for_bit(dropout):
     stack, mask = encoder(dropout=dropout), visibility(3, 7)
