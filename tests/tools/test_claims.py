@@ -42,7 +42,7 @@ def test_arms_differ_in_their_keys_alone_and_do_the_same_work(sweep, tmp_path, m
     configs = {arm.name: load_run_config(sweep.config, [*experiment.keys(claims.Run(arm, 400, 1e-3, 2)), "model.init="]) for arm in arms}
     assert len(configs) == len(arms) == 15
     assert {(c.train.steps, c.run.seed, c.optim.learning_rate, str(c.mixture.global_batch)) for c in configs.values()} == {
-        (160, 2, 1e-3, "{'pairs': 32, 'images': 56, 'texts': 28}")}
+        (320, 2, 1e-3, "{'pairs': 32, 'images': 56, 'texts': 28}")}
     assert {c.data.pairs[0].shards for c in configs.values()} == {sweep.pairs[400]}
     assert configs["baseline-all"].model.model_config().model_type == "baseline"
     assert configs["baseline-pairs"].mixture.weights == {"pairs": 1.0} == configs["grounded-pairs"].mixture.weights
