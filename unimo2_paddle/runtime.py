@@ -20,6 +20,11 @@ def _cpu_facts():
     return facts.get("vendor_id", ""), facts.get("flags", "").split(), facts.get("model name", "")
 
 
+def local_workers():
+    """Workers of a launch on this machine, at least 1."""
+    return max(1, int(os.environ.get("PADDLE_LOCAL_SIZE", os.environ.get("PADDLE_TRAINERS_NUM", "1"))))
+
+
 def prepare_process():
     """Threads, matrix kernels and memory of this process; settings the user made are kept.
 
@@ -34,8 +39,7 @@ def prepare_process():
       time); see reference facts on page faults.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = int(os.environ.get("PADDLE_LOCAL_SIZE", os.environ.get("PADDLE_TRAINERS_NUM", "1")))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // max(1, workers))))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // local_workers())))
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     vendor, flags, _ = _cpu_facts()
     if vendor == "AuthenticAMD" and AVX512 <= set(flags):

@@ -153,8 +153,20 @@ def test_the_cache_of_pictures_has_a_bound(world, monkeypatch):
     dataset = dataset_of(world)
     monkeypatch.setattr(retrieval, "PIXEL_CACHE", 2 * 24 * 24 * 3)
     first = dataset.pictures(0, 5, 24)
-    assert len(dataset._cache) == 2
+    assert len(dataset._cache.pictures) == 2
     np.testing.assert_array_equal(dataset.pictures(0, 5, 24), first)
+
+
+def test_two_processes_of_a_machine_decode_a_picture_once_when_they_share_a_file(world, monkeypatch, tmp_path):
+    data = RetrievalData(annotations=str(world.path / "captions.json"), images=str(world.path / "images"), vocab=str(world.vocab),
+                         picture_cache=str(tmp_path / "cache"))
+    expected, seen = dataset_of(world).pictures(0, 5, 24), []
+    monkeypatch.setattr(retrieval, "decode_image", lambda *a, _decode=retrieval.decode_image, **k: seen.append(a) or _decode(*a, **k))
+    for _ in range(2):  # a data set of its own each, as in two processes
+        dataset = RetrievalDataset.read(data, world.tokenizer, "test")
+        np.testing.assert_array_equal(dataset.chosen_pictures([4, 0, 2, 1, 3], 24), expected[[4, 0, 2, 1, 3]])
+        assert len(seen) == 5
+    assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_captions_are_grouped_by_length_and_keep_their_numbers(world):

@@ -10,10 +10,12 @@ from unimo2_paddle.data.collate import FIRST_POSITION, PAD_POSITION, pad, with_s
 from unimo2_paddle.data.formats.ids import read_ids_dataset
 from unimo2_paddle.data.formats.karpathy import CaptionedImage, read_karpathy
 from unimo2_paddle.data.images import decode_image, resize_image
+from unimo2_paddle.data.picture_cache import MemoryPictures, PictureFile
 from unimo2_paddle.data.tokenizer import Tokenizer
 from unimo2_paddle.errors import ConfigError, DataError, UserInputError
 from unimo2_paddle.metrics.retrieval import chance_metrics, retrieval_metrics
 from unimo2_paddle.models.configuration import Unimo2Config, UnimoConfig
+from unimo2_paddle.runtime import local_workers
 from unimo2_paddle.tasks.base import build_backbone, check_vocabulary
 from unimo2_paddle.tasks.finetune import FinetuneTask
 from unimo2_paddle.tasks.retrieval_report import write_retrieval_report
@@ -23,7 +25,7 @@ from unimo2_paddle.tasks.unimo_inputs import MAX_REGIONS, known_system, mismatch
 from unimo2_paddle.tasks.unimo_retrieval import all_scores
 from unimo2_paddle.tasks.work import retrieval_work
 
-PIXEL_CACHE = 1 << 30  # bytes of decoded pictures kept between evaluations
+PIXEL_CACHE = 1 << 30  # bytes of decoded pictures kept in the memory of a machine, for each split
 NO_SHORTLIST = "UNIMO reads picture and sentence together and has no cheap score that could choose a shortlist; set eval.rerank_k=all"
 
 
@@ -34,7 +36,8 @@ class RetrievalData:
     ``annotations`` is a Karpathy JSON file, or for ``format: ids`` an authors' ``.ids`` file or the folder of
     ``<split>.all.ids`` or ``<split>.ids``. ``vocab`` is the folder of the three vocabulary files. ``image_suffix`` completes
     picture names of ``.ids`` files. ``exif``: turn pictures as their EXIF orientation says (the authors ignore it).
-    ``restval``: train on COCO's split "restval" too, as is usual. ``num_workers``: processes that read training batches. For UNIMO
+    ``restval``: train on COCO's split "restval" too, as is usual. ``num_workers``: processes that read training batches. ``picture_cache``:
+    folder in which decoded pictures are kept, for all processes of a machine (S x S x 3 bytes of disk each). For UNIMO
     ``regions`` is the store of region features (``{split}`` in it is replaced) and ``max_regions`` how many a picture has at most with the
     global one; ``images`` may then be empty, reports have no pictures then.
     """
@@ -48,6 +51,7 @@ class RetrievalData:
     exif: bool = True
     restval: bool = True
     num_workers: int = 0
+    picture_cache: str = ""
     regions: str = ""
     max_regions: int = MAX_REGIONS
 
@@ -112,7 +116,7 @@ class RetrievalDataset:
         self.image_ids, self.image_paths = [], []
         self.captions, self.tokens, self.positions = [], [], []
         self.text_image, self._counts = np.zeros(0, dtype="int64"), []
-        self._cache, self._cached_size, self._cached_bytes = {}, None, 0
+        self.cache_directory, self.readers, self._cache, self._cached_size = "", 1, None, None
 
     @classmethod
     def read(cls, data, tokenizer, split, max_images=0, captions_per_image=0, regions=None):
@@ -126,6 +130,7 @@ class RetrievalDataset:
         extra = {"split": split, "restval": data.restval} if data.format == "karpathy" else {"suffix": data.image_suffix}
         dataset = reader(place, data.images, tokenizer, max_text_len=data.max_text_len, max_images=max_images,
                          captions_per_image=captions_per_image, exif=data.exif, check_pictures=bool(data.images), **extra)
+        dataset.cache_directory, dataset.readers = data.picture_cache, max(1, data.num_workers) * local_workers()
         if regions is not None:
             regions.name([CaptionedImage(i, path, []) for i, path in zip(dataset.image_ids, dataset.image_paths)], place)
             dataset.regions = regions
@@ -191,21 +196,22 @@ class RetrievalDataset:
     def chosen_pictures(self, numbers, size):
         """The pictures ``numbers`` at ``size`` pixels: uint8 ``[N, S, S, 3]``.
 
-        Decoded pictures stay in memory up to ``PIXEL_CACHE`` bytes, so that repeated evaluations decode them once.
+        Decoded pictures are kept, so that repeated evaluations and epochs decode them once: in the file of ``data.picture_cache``, or in memory
+        up to the share that this process has of ``PIXEL_CACHE`` bytes.
 
         Raises:
             ImageError: a picture cannot be decoded; the message names its file.
         """
         if size != self._cached_size:
-            self._cache, self._cached_size, self._cached_bytes = {}, size, 0
+            self._cached_size = size
+            self._cache = (PictureFile(self.cache_directory, self.image_paths, size, self.exif) if self.cache_directory else
+                           MemoryPictures(PIXEL_CACHE // self.readers))
         pictures = []
         for number in numbers:
             picture = self._cache.get(number)
             if picture is None:
                 picture = resize_image(decode_image(self.image_paths[number], exif=self.exif), size)
-                if self._cached_bytes + picture.nbytes <= PIXEL_CACHE:
-                    self._cache[number] = picture
-                    self._cached_bytes += picture.nbytes
+                self._cache.put(number, picture)
             pictures.append(picture)
         return np.stack(pictures)
 
