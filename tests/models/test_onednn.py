@@ -92,6 +92,15 @@ def test_training_gradients_and_a_model_afterwards_use_the_stacks_themselves(mod
     assert any(parameter.grad is not None for parameter in model.vision.parameters())
 
 
+def test_an_engine_that_is_entered_again_keeps_its_programs(model, monkeypatch):
+    engine = onednn.InferenceEngine(model, "fp32")
+    with engine:
+        first = forward(model)
+    monkeypatch.setattr(onednn, "_Program", lambda *_: pytest.fail("a program was made anew"))
+    with engine:
+        assert max(differences(forward(model), first)) == 0.0
+
+
 def test_states_that_are_wrong_are_not_used(model, monkeypatch):
     run = onednn._Program.run
     monkeypatch.setattr(onednn._Program, "run", lambda self, tensors: run(self, tensors) * 1.1)

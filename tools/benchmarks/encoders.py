@@ -10,7 +10,7 @@ import subjects
 from bench import clock, compare, gemm_rate
 
 from unimo2_paddle.models.flops import encoder_flops
-from unimo2_paddle.models.onednn import PRECISIONS, inference_engine
+from unimo2_paddle.models.onednn import PRECISIONS, InferenceEngine
 
 BATCH = {"tiny": 16, "base": 1}
 WORDS = 20
@@ -59,21 +59,18 @@ def measure(options):
     if not options.torch_python:
         return "no PyTorch; name an interpreter that has it with --torch-python"
     times = {}
-    with contextlib.ExitStack() as stack:
-        models = {name: subjects.build(options.size) for name in PRECISIONS}
-        for name, model in models.items():
-            stack.enter_context(inference_engine(model, name))
-        config, batch = models["dynamic"].config, BATCH[options.size]
-        inputs = {name: inputs_of(model, batch) for name, model in models.items()}
-        version, ask = stack.enter_context(torch_process(options.torch_python, config, inputs["dynamic"]))
+    model, batch = subjects.build(options.size), BATCH[options.size]
+    engines, inputs = {name: InferenceEngine(model, name) for name in PRECISIONS}, inputs_of(model, batch)
+    with torch_process(options.torch_python, model.config, inputs) as (version, ask):
         for _ in range(options.repeats + 1):
-            for part in inputs["dynamic"]:
-                for name in PRECISIONS:
-                    times.setdefault((part, name), []).append(seconds_of(*inputs[name][part]))
+            for part in inputs:
+                for name, engine in engines.items():
+                    with engine:
+                        times.setdefault((part, name), []).append(seconds_of(*inputs[part]))
                 for kind in ("fp32", "bf16"):
                     times.setdefault((part, f"torch {kind}"), []).append(ask(part, kind))
     times = {key: seconds[1:] for key, seconds in times.items()}  # the first turn makes the programs
-    return list(_lines(times, inputs["dynamic"], config, batch, version))
+    return list(_lines(times, inputs, model.config, batch, version))
 
 
 def _lines(times, inputs, config, batch, version):

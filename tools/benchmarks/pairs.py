@@ -1,13 +1,11 @@
 """Retrieval evaluation: every picture with every caption, against the authors' procedure (each pair through all three encoders)."""
-import contextlib
-
 import numpy as np
 import paddle
 import subjects
 from bench import clock, compare, gemm_rate
 
 from unimo2_paddle.models.flops import fusion_flops, image_flops, text_flops
-from unimo2_paddle.models.onednn import PRECISIONS, inference_engine
+from unimo2_paddle.models.onednn import PRECISIONS, InferenceEngine
 from unimo2_paddle.tasks.base import normalise_tensor
 from unimo2_paddle.tasks.retrieval_scoring import contrastive_shortlist, encode_images, encode_texts, score_matrix
 
@@ -44,19 +42,17 @@ def authors_scores(model, dataset):
 
 def measure(options):
     parts, authors, off = {name: [] for name in PRECISIONS}, [], {}
-    with contextlib.ExitStack() as stack:
-        models = {name: subjects.build(options.size) for name in PRECISIONS}
-        config = models["dynamic"].config
-        dataset = subjects.MadeUpDataset(config, *SAMPLE[options.size])
-        for name, model in models.items():
-            stack.enter_context(inference_engine(model, name))
-        for turn in range(options.repeats + 1):  # the first turn makes the programs and is not counted
-            expected, seconds = authors_scores(models["dynamic"], dataset)
-            authors += [seconds] * bool(turn)
-            for name, model in models.items():
+    model = subjects.build(options.size)
+    config, engines = model.config, {name: InferenceEngine(model, name) for name in PRECISIONS}
+    dataset = subjects.MadeUpDataset(config, *SAMPLE[options.size])
+    for turn in range(options.repeats + 1):  # the first turn makes the programs and is not counted
+        expected, seconds = authors_scores(model, dataset)
+        authors += [seconds] * bool(turn)
+        for name, engine in engines.items():
+            with engine:
                 scores, found = our_scores(model, dataset)
-                parts[name] += [found] * bool(turn)
-                off[name] = float(np.abs(scores - expected).max())
+            parts[name] += [found] * bool(turn)
+            off[name] = float(np.abs(scores - expected).max())
     spread = float(expected.std())
     work = fusion_flops(config, 1, True, 16, first_only=True, with_loss=False)
     floor = f"A pair is {work / 1e9:.3g} GFLOP; {gemm_rate():.0f} GFLOP/s of matrix products here."

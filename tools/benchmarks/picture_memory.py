@@ -45,9 +45,8 @@ def measure(options):
                            "decode": lambda: [resize_image(decode_image(path), SIZE) for path in paths[:8]]}, options.repeats)
     ours, other = held * RANKS / 1e9, RANKS * PICTURES * SIZE * SIZE * 3 * 4 / 1e9
     disk = PICTURES * SIZE * SIZE * 3 / 1e9
-    ratio = other / max(ours, 1e-3)
     return [
-        Line(f"memory of {RANKS} ranks for {PICTURES:,} pictures at {SIZE} px", ours, "GB", other, ratio, ratio, ratio, bar="<= 2 GB", reached=ours <= 2.0,
+        Line(f"memory of {RANKS} ranks for {PICTURES:,} pictures at {SIZE} px", ours, "GB", other, bar="<= 2 GB", reached=ours <= 2.0,
              note=f"Measured: what a process holds more after reading {count} pictures of Flickr30k's size ({SIZE * SIZE * 3 * count / 1e6:.0f} MB) "
                   f"from `data.picture_cache`, {held / 1e6:.1f} MB, which does not grow with their number; times {RANKS}. The file is {disk:.1f} GB of "
                   "disk, which the system keeps in memory while there is room and takes back when there is none. The other side, reckoned: every rank's "

@@ -4,7 +4,6 @@ What lies around the stacks (patches, embeddings, the choice of grounded tokens,
 graph, so scores, decoding and reports need not know of it. Paddle 3.3.1's oneDNN cannot run the patch embedding and the resized positions anyway.
 The slow twin is ``Encoder.forward``; the first sample of every program is compared with it.
 """
-import contextlib
 import os
 import tempfile
 
@@ -123,38 +122,44 @@ class _Engine:
                                  "processor; use precision dynamic")
 
 
-@contextlib.contextmanager
-def inference_engine(model, precision):
-    """Inside, every stack of layers in ``model`` that is evaluated without gradients runs through oneDNN.
+class InferenceEngine:
+    """A context in which every stack of layers in ``model`` that is evaluated without gradients runs through oneDNN.
+
+    It can be entered again while the weights stay as they are; its programs are kept.
 
     Args:
         model: a ``Unimo2Model``, ``UnimoModel`` or a Layer that contains one; its weights must not change inside.
         precision: "dynamic" (nothing changes), "fp32" or "bf16".
 
-    Yields:
-        dict: per stack the root mean square difference of its first sample's states from those of the dynamic graph, relative to their own.
+    Entering gives a dict: per stack the root mean square difference of its first sample's states from those of the dynamic graph, relative to
+    their own.
 
     Raises:
         UserInputError: there is no such precision, the device is no CPU, or the processor cannot do it.
     """
-    if precision not in PRECISIONS:
-        raise UserInputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    differences = {}
-    if precision == "dynamic":
-        yield differences
-        return
-    if paddle.get_device() != "cpu":
-        raise UserInputError(f"precision {precision}: oneDNN runs on CPU, the device is {paddle.get_device()}; leave precision at dynamic")
-    engines = [_Engine(layer, name.replace(".encoder", ""), precision, differences)
-               for name, layer in model.named_sublayers() if isinstance(layer, Encoder)]
-    before = [engine.encoder.__dict__.get("forward") for engine in engines]
-    try:
-        for engine in engines:
+
+    def __init__(self, model, precision):
+        if precision not in PRECISIONS:
+            raise UserInputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+        if precision != "dynamic" and paddle.get_device() != "cpu":
+            raise UserInputError(f"precision {precision}: oneDNN runs on CPU, the device is {paddle.get_device()}; leave precision at dynamic")
+        self.differences, self.before = {}, []
+        self.engines = [] if precision == "dynamic" else [
+            _Engine(layer, name.replace(".encoder", ""), precision, self.differences)
+            for name, layer in model.named_sublayers() if isinstance(layer, Encoder)]
+
+    def __enter__(self):
+        self.before = [engine.encoder.__dict__.get("forward") for engine in self.engines]
+        for engine in self.engines:
             engine.encoder.forward = engine.run
-        yield differences
-    finally:
-        for engine, forward in zip(engines, before):
+        return self.differences
+
+    def __exit__(self, *_):
+        for engine, forward in zip(self.engines, self.before):
             if forward is None:
                 del engine.encoder.__dict__["forward"]
             else:
                 engine.encoder.forward = forward
+
+
+inference_engine = InferenceEngine  # reads better after "with"
