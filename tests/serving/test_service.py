@@ -233,6 +233,15 @@ def test_the_command_serves_logs_json_and_stops_in_order_on_sigterm(grounded, en
         urllib.request.urlopen(lines[1]["url"], timeout=5)
 
 
+def test_answers_do_not_wait_for_acknowledgements():
+    import socket
+
+    from unimo2_paddle.serving.serve_command import _listen
+
+    with _listen(SimpleNamespace(host="127.0.0.1", port=0, backlog=1)) as listening:
+        assert listening.proto == socket.IPPROTO_TCP  # what asyncio looks at before it sets TCP_NODELAY
+
+
 def test_arguments_that_cannot_be_used_are_refused(unimo2, grounded, tmp_path, monkeypatch):
     import socket
 
