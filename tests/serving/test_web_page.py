@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -322,7 +323,12 @@ def test_the_page_of_the_real_service_searches_and_shows_grounded_tokens(browser
     page.fill("#search input", "a ring")
     page.click("#search button")
     sync_api.expect(page.locator(".found li")).to_have_count(6)
-    page.wait_for_function("[...document.querySelectorAll('.found img')].every(image => (image.loading = 'eager', image.naturalWidth > 0))")
+    # asked again and again, because wait_for_function needs the eval that the page's own policy forbids
+    loaded = "[...document.querySelectorAll('.found img')].every(image => (image.loading = 'eager', image.naturalWidth > 0))"
+    until = time.monotonic() + PATIENCE / 1000
+    while not page.evaluate(loaded):
+        assert time.monotonic() < until, "the thumbnails were not loaded"
+        page.wait_for_timeout(50)
     page.click(".found li:first-child button")
     sync_api.expect(page.locator("#picture-name")).to_contain_text(".jpg")
     page.fill("#explain input", "a red ring")
