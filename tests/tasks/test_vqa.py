@@ -166,7 +166,7 @@ def test_train_judge_once_and_submit_through_the_commands(config, unimo2, tmp_pa
     Path(path).write_text(yaml.safe_dump(values))
     outcome = unimo2("eval", "-c", path, *overrides, "-o", "eval.split=test")
     assert outcome.status == 0 and "not public" in outcome.out
-    assert sorted(p.name for p in predictions.iterdir()) == ["test.jsonl", "test_submission.json"]
+    assert sorted(p.name for p in predictions.iterdir()) == ["evaluations.json", "test.jsonl", "test_submission.json"]
 
 
 def test_the_model_without_dictionary_learns_too(config, unimo2):

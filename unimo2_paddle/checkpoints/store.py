@@ -139,13 +139,18 @@ def take_snapshot(model, optimizer, state, average=None):
                     average.arrays() if average is not None else None)
 
 
+def _kind(optimizer):
+    """The name of Paddle's optimizer that this one is or extends: what its state is the state of."""
+    return next((kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.split(".")[0] == "paddle"), type(optimizer).__name__)
+
+
 def made_by(optimizer):
     """Format and programs of the checkpoints written here, and the optimizer's kind."""
     import paddle
 
     while hasattr(optimizer, "_inner_opt"):  # fleet wraps it
         optimizer = optimizer._inner_opt
-    return {"format": FORMAT, "unimo2_paddle": unimo2_paddle.__version__, "paddle": paddle.__version__, "optimizer": type(optimizer).__name__}
+    return {"format": FORMAT, "unimo2_paddle": unimo2_paddle.__version__, "paddle": paddle.__version__, "optimizer": _kind(optimizer)}
 
 
 def step_of(path):
