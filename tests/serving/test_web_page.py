@@ -172,11 +172,20 @@ def test_heat_maps_are_chosen_with_the_arrow_keys(page, picture):
     sync_api.expect(heat).to_be_hidden()
 
 
+def wait_for_thumbnails(page, count):
+    """Ask again and again: Playwright's wait_for_function needs the eval that the page's own policy forbids."""
+    loaded = "[...document.querySelectorAll('.found img')].filter(image => (image.loading = 'eager', image.naturalWidth > 0)).length"
+    until = time.monotonic() + PATIENCE / 1000
+    while page.evaluate(loaded) != count:
+        assert time.monotonic() < until, "the thumbnails were not loaded"
+        page.wait_for_timeout(50)
+
+
 def test_a_found_picture_becomes_the_picture(page, server):
     page.fill("#search input", "a ring")
     page.press("#search input", "Enter")
     sync_api.expect(page.locator(".found li")).to_have_count(2)
-    page.wait_for_function("[...document.querySelectorAll('.found img')].every(image => image.naturalWidth === 60)")
+    wait_for_thumbnails(page, 2)
     page.click(".found li:nth-child(2) button")
     sync_api.expect(page.locator("#picture-name")).to_have_text("two.jpg")
     page.click("#caption button")
@@ -323,12 +332,7 @@ def test_the_page_of_the_real_service_searches_and_shows_grounded_tokens(browser
     page.fill("#search input", "a ring")
     page.click("#search button")
     sync_api.expect(page.locator(".found li")).to_have_count(6)
-    # asked again and again, because wait_for_function needs the eval that the page's own policy forbids
-    loaded = "[...document.querySelectorAll('.found img')].every(image => (image.loading = 'eager', image.naturalWidth > 0))"
-    until = time.monotonic() + PATIENCE / 1000
-    while not page.evaluate(loaded):
-        assert time.monotonic() < until, "the thumbnails were not loaded"
-        page.wait_for_timeout(50)
+    wait_for_thumbnails(page, 6)
     page.click(".found li:first-child button")
     sync_api.expect(page.locator("#picture-name")).to_contain_text(".jpg")
     page.fill("#explain input", "a red ring")
