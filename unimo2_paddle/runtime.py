@@ -3,6 +3,7 @@
 Called by the command line, not on import: a program that imports this package keeps its own settings.
 """
 import os
+import tempfile
 
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # option numbers of glibc's mallopt
 AVX512 = {"avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"}  # what MKL's AVX-512 path uses (Skylake's set)
@@ -47,6 +48,13 @@ def prepare_process():
     elif vendor == "AuthenticAMD" and "avx2" in flags:
         os.environ.setdefault("MKL_DEBUG_CPU_TYPE", "5")
     _keep_memory()
+
+
+def find_compile_cache():
+    """Let numba keep compiled code beside the source or in the user's cache; where neither can be written, in the directory of temporary files."""
+    own, home = os.path.dirname(os.path.abspath(__file__)), os.path.expanduser("~")
+    if "NUMBA_CACHE_DIR" not in os.environ and not os.access(own, os.W_OK) and not os.access(home, os.W_OK):
+        os.environ["NUMBA_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"unimo2-numba-{os.getuid()}")
 
 
 def import_paddle():

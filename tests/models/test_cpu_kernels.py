@@ -11,6 +11,7 @@ import pytest
 
 from unimo2_paddle.models import fused
 from unimo2_paddle.models.transformer import Encoder
+from unimo2_paddle.runtime import find_compile_cache
 
 compiled = pytest.importorskip("unimo2_paddle.models.compiled") if fused.kernels() else None
 pytestmark = pytest.mark.skipif(fused.kernels() is None, reason="numba or Paddle's MKL is not there")
@@ -217,9 +218,9 @@ def test_without_numba_the_layers_are_plain():
 
 def test_compiled_code_goes_where_it_can_be_written(monkeypatch):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    fused._find_cache()
+    find_compile_cache()
     assert "NUMBA_CACHE_DIR" not in os.environ  # beside the source or, numba's own second choice, among the user's caches
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    fused._find_cache()
+    find_compile_cache()
     assert os.environ["NUMBA_CACHE_DIR"].startswith(tempfile.gettempdir())
     monkeypatch.delenv("NUMBA_CACHE_DIR")

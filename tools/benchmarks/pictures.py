@@ -56,8 +56,7 @@ def measure(options):
     others = {
         "same": ("OpenCV decode + the same filter", "Both sides make the same pixels."),
         "area": ("OpenCV decode + area resize", "Area antialiases too where it shrinks, but the pixels are others."),
-        "cubic": ("OpenCV decode + cubic resize", "INTER_CUBIC does not antialias: 2 to 4 grey levels away from what the released weights have seen. "
-                  "Pillow's filter, which has no vector code, is more than half of our time; its faster decoder makes up for a part of it."),
+        "cubic": ("OpenCV decode + cubic resize", "INTER_CUBIC does not antialias: 2 to 4 grey levels away from what the released weights have seen."),
     }
     return [compare(f"picture pipeline, one core, against {name}", times["ours"], times[key], "pictures/s", amount=len(paths), at_least=0.9,
                     note=f"{what} {why}")

@@ -11,7 +11,6 @@ import functools
 import importlib
 import math
 import os
-import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,6 +18,8 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle.autograd import PyLayer
+
+from unimo2_paddle.runtime import find_compile_cache
 
 KINDS = ("auto", "plain")
 _chosen, _pool, _rooms = "auto", None, threading.local()
@@ -46,19 +47,11 @@ def kernels():
     """The compiled kernels, or ``None`` where they cannot be had."""
     if paddle.is_compiled_with_cuda() and not paddle.device.get_device().startswith("cpu"):
         return None
-    _find_cache()
+    find_compile_cache()
     try:
         return importlib.import_module("unimo2_paddle.models.cpu_kernels")
     except (ImportError, OSError, AttributeError):  # no numba, or a Paddle without MKL
         return None
-
-
-def _find_cache():
-    """Compiled code is kept beside the source, or in the user's cache; where neither can be written, in the directory of temporary files."""
-    own = os.path.dirname(os.path.abspath(__file__))
-    home = os.path.expanduser("~")
-    if "NUMBA_CACHE_DIR" not in os.environ and not os.access(own, os.W_OK) and not os.access(home, os.W_OK):
-        os.environ["NUMBA_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), f"unimo2-numba-{os.getuid()}")
 
 
 @functools.lru_cache(maxsize=None)
