@@ -44,22 +44,25 @@ MODELS = {
     "unimo_retrieval": ("unimo", {"task": "retrieval", "max_text_len": 40}, lambda config: UnimoModel(config, heads=("pooling", "matching"))),
     "unimo_captioning": ("unimo", {**CAPTION, "object_tags": True}, lambda config: UnimoModel(config, heads=("masked_lm",))),
     "unimo_writing": ("unimo", {**WRITING, "dialog": False}, lambda config: UnimoModel(config, vision=False, heads=("masked_lm",))),
+    "unimo_dialogue": ("unimo_dialogue", {**WRITING, "dialog": True}, lambda config: UnimoModel(config, vision=False, heads=("masked_lm",))),
 }
 SELDOM = ("entailment", "imagenet", "captioning", "writing", "unimo_entailment", "unimo_writing")  # much like others
-IN_THREE = ("vqa", "retrieval", "tagged", "unimo_captioning")  # those whose ONNX is made too
+IN_THREE = ("vqa", "retrieval", "tagged", "unimo_captioning", "unimo_dialogue")  # those whose ONNX is made too
 
 
 @pytest.fixture(scope="module")
 def checkpoint(demo_data, tiny_config, tmp_path_factory):
     """A function: name -> checkpoint directory as training leaves it, with weights large enough that every input matters."""
     root, made = tmp_path_factory.mktemp("checkpoints"), {}
-    unimo = ModelSection("unimo_demo", overrides={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}).model_config()
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    unimo = {"unimo": ModelSection("unimo_demo", overrides=small).model_config(),
+             "unimo_dialogue": ModelSection("unimo_demo", overrides={**small, "role_type_size": 3, "turn_type_size": 16}).model_config()}
 
     def make(name):
         system, about, build = MODELS[name]
         if name not in made:
             with paddle.utils.unique_name.guard():
-                model = build(type(tiny_config).from_dict(tiny_config.to_dict()) if system == "unimo2" else unimo)
+                model = build(type(tiny_config).from_dict(tiny_config.to_dict()) if system == "unimo2" else unimo[system])
             rng = np.random.default_rng(5)
             for parameter in sorted(model.parameters(), key=lambda p: p.name):
                 if not parameter.name.endswith("_temperature"):
@@ -107,8 +110,11 @@ def requests(demo_data):
     rng = np.random.default_rng(2)
     regions = [Regions(f"p{n}", 64, 64, rng.normal(size=(2 + n, 64)).astype("float32"), rng.uniform(0, 60, (2 + n, 4)).astype("float32")) for n in range(3)]
     texts = ["a red ring", "A small red ring is left of a blue box.", "a box"]
+    dialogue = ["What is left of the box? [SEP] a ring [SEP] What colour is it?", "a box [SEP] a ring", "Where is the ring?"]
 
     def make(predictor):
+        if predictor.task == "seq2seq" and predictor.kind.dialog:  # turns, with their passage or without one
+            return [{"text": turns, **({"text_b": passage} if passage else {})} for turns, passage in zip(dialogue, [*texts[:2], None])]
         given = {"image": regions if predictor.kind.reads_regions else [str(picture) for picture in pictures], "text": texts, "text_b": texts[::-1]}
         return [{field: given[field][n] for field in predictor.needs} for n in range(3)]
 

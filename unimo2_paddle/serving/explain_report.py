@@ -40,7 +40,7 @@ def write_explanation(explanation, directory, title="Grounded tokens"):
 
 def summary(explanation):
     """What was found, as sentences."""
-    told = [f"the {name} alone would choose {len(ids)}, {len(set(ids) & set(explanation.chosen))} of which are among them"
+    told = [f"the {name} alone would choose {len(ids)}, {len(set(ids) & set(explanation.chosen))} of them among these"
             for name, ids in (("picture", explanation.image_ids), ("sentence", explanation.text_ids)) if ids]
     lines = [f"{len(explanation.chosen)} grounded tokens of {explanation.codes} codes{': ' * bool(told)}{'; '.join(told)}."]
     if explanation.picture is not None and explanation.caption:

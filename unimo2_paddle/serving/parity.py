@@ -48,13 +48,14 @@ def compare(predictor, exported):
     reference, found = predictor.kind.programs, {}
     rng = np.random.default_rng(0)
     words = predictor.kind.config.text_vocab_size if predictor.kind.tokenizer is not None else 0
+    kinds = {f"{name}_ids": getattr(predictor.kind.config, f"{name}_type_size", 0) for name in ("role", "turn")}
     for batch, other in SIZES:
         values = {}
         for name, about in exported.about["programs"].items():
             inputs = {spec["name"]: values.get(spec["name"]) for spec in about["inputs"]}
             for spec in about["inputs"]:
                 if inputs[spec["name"]] is None:
-                    inputs[spec["name"]] = _random(spec, batch, other, rng, words)
+                    inputs[spec["name"]] = _random(spec, batch, other, rng, kinds.get(spec["name"], words))
             if name == "step":
                 inputs["step"] = np.array([1], "int64")
             with _clear_choices(predictor.kind.model, batch) as clear:
@@ -70,6 +71,10 @@ def compare(predictor, exported):
                 if output == "states" and "text_mask" in inputs:
                     # a padded position sees nothing but the mask's -1e4, beside which float32 rounds to 1e-3; nobody reads its state
                     pair = tuple(one * inputs["text_mask"][rows][:, :, None] for one in pair)
+                # [B, 1, 1, prefix]; UNIMO's one stack has one
+                bias = wanted.get(f"{output.split('_')[0]}_bias", wanted.get("bias")) if "_prefix_" in output else None
+                if bias is not None:  # as above: what the bias hides
+                    pair = tuple(one * (bias[rows][:, 0, :, :, None, None] > -1.0) for one in pair)
                 if exported.engine == "onnx" and "_prefix_" in output:
                     pair = tuple(np.sort(one, axis=2) for one in pair)  # chosen codes of equal scores stand in another order, which nothing reads
                 found.setdefault((name, output), []).append((*pair, value.shape))
@@ -117,7 +122,7 @@ def _random(spec, batch, other, rng, words):
     if name.endswith("mask"):
         return real.astype("float32")
     if name in ("role_ids", "turn_ids"):
-        return np.zeros(shape, "int64")
+        return rng.integers(0, words, shape).astype("int64")
     if name.endswith("positions") or name == "position_ids":
         return np.where(real, np.arange(2, 2 + other)[None], 1).astype("int64")
     if spec["dtype"] == "int64":

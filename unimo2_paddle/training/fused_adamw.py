@@ -3,6 +3,7 @@ import math
 
 import numpy as np
 import paddle
+from paddle.base.layer_helper import LayerHelper
 
 from unimo2_paddle.models import fused
 
@@ -44,6 +45,8 @@ class FusedAdamW(paddle.optimizer.AdamW):
         if not (plain_clip and not getattr(self, "_amsgrad", False) and self._lr_ratio is None and fits([*trained, *gradients])):
             super().step()
             return
+        if self.helper is None:  # Paddle 2 creates accumulators through it, and makes it in its own step
+            self.helper = LayerHelper(type(self).__name__)
         self._create_accumulators(paddle.static.default_main_program().global_block(), trained)
         moments = [[self._get_accumulator(name, p) for p in trained] for name in (
             self._moment1_acc_str, self._moment2_acc_str, self._beta1_pow_acc_str, self._beta2_pow_acc_str)]
