@@ -38,6 +38,13 @@ def test_every_page_is_built_and_can_be_reached_from_the_first(site):
     assert wanted <= seen, wanted - seen
 
 
+@pytest.mark.parametrize("listing, folder", [("mkdocs.yml", ""), ("docs/index.md", ""), ("README.md", "docs/")])
+def test_every_page_is_in_the_navigation_on_the_first_page_and_in_the_readme(listing, folder):
+    text = (ROOT / listing).read_text(encoding="utf-8")
+    names = [folder + path.relative_to(ROOT / "docs").as_posix() for path in PAGES if f"docs/{path.name}" != listing]
+    assert not [name for name in names if not re.search(rf"(?:\(|- ){re.escape(name)}[)#\s]", text)]
+
+
 def test_pages_load_nothing_from_other_servers(site):
     for page in [*site.rglob("*.html"), *site.rglob("*.css")]:
         text = page.read_text(encoding="utf-8")
