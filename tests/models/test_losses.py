@@ -1,13 +1,17 @@
 """Losses equal slow numpy versions written from their definitions."""
+from pathlib import Path
+
 import numpy as np
 import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unimo2_paddle.models import losses
 from unimo2_paddle.models.losses import (
     circle_loss,
     contrastive_loss,
+    log_softmax,
     masked_mean,
     masked_region_losses,
     multi_positive_contrastive_loss,
@@ -149,6 +153,23 @@ def test_smoothed_cross_entropy_spreads_its_share_over_all_classes(size, classes
     np.testing.assert_allclose(loss.numpy(), each, rtol=1e-4, atol=1e-4)
     assert float(smoothed_cross_entropy(tensor(logits), paddle.to_tensor(labels), smoothing)) == pytest.approx(
         np.mean(each), rel=1e-4, abs=1e-4)
+
+
+def test_log_probabilities_sum_to_one_and_carry_their_gradient():
+    values = np.random.default_rng(0).standard_normal([3, 7]) * 30
+    logits = paddle.to_tensor(values.astype("float32"), stop_gradient=False)
+    found = log_softmax(logits)
+    expected = values - values.max(axis=1, keepdims=True)
+    expected = expected - np.log(np.exp(expected).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+    found[:, 2].sum().backward()
+    np.testing.assert_allclose(logits.grad.numpy(), np.eye(7)[2] - np.exp(expected), atol=1e-6)
+
+
+def test_paddles_log_softmax_which_takes_the_square_of_the_classes_on_cpu_is_nowhere_used():
+    package = Path(losses.__file__).resolve().parents[1]
+    used = [str(path) for path in package.rglob("*.py") if "F.log_softmax(" in path.read_text(encoding="utf-8")]
+    assert not used, f"take models.losses.log_softmax: {used}"
 
 
 def test_masked_mean_weighs_and_is_zero_without_weights():

@@ -21,6 +21,7 @@ import paddle
 import paddle.nn.functional as F
 
 from unimo2_paddle.models import fused
+from unimo2_paddle.models.losses import log_softmax
 
 KINDS = ("none", "villa", "freelb_text", "freelb_image")
 FORMS = ("authors", "textbook")
@@ -80,7 +81,7 @@ class AdversarialLoss:
 
 def symmetric_divergence(first, second):
     """Mean over rows of KL(p, q) + KL(q, p) of two logits ``[N, C]``; the gradient flows into both."""
-    difference = F.log_softmax(first) - F.log_softmax(second)
+    difference = log_softmax(first) - log_softmax(second)
     return ((F.softmax(first) - F.softmax(second)) * difference).sum(axis=-1).mean()
 
 

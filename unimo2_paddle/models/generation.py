@@ -13,6 +13,7 @@ import paddle
 import paddle.nn.functional as F
 
 from unimo2_paddle.errors import UserInputError
+from unimo2_paddle.models.losses import log_softmax
 from unimo2_paddle.models.text import source_mask
 from unimo2_paddle.models.transformer import MASK_BIAS, LayerCache
 
@@ -274,8 +275,8 @@ def _check(options, word_starts, first, positions):
 def _beam_step(logits, active, step, end_id, options, word_starts):
     """The best ``beam_size`` continuations of every image as lists of (hypothesis, number of its parent)."""
     width = min(options.beam_size, logits.shape[-1])
-    values, ids = paddle.topk(F.log_softmax(logits), width, axis=-1)
-    values, ids = values.numpy(), ids.numpy()
+    values, ids = paddle.topk(logits, width, axis=-1)
+    values, ids = (values - logits.logsumexp(axis=-1, keepdim=True)).numpy(), ids.numpy()
     before, after = ((5.0 + step) / 6.0) ** options.length_penalty, ((6.0 + step) / 6.0) ** options.length_penalty
     following = []
     for row, beams in enumerate(active):
@@ -297,7 +298,7 @@ def _single_step(logits, active, step, end_id, options, word_starts):
     """One continuation of every hypothesis: its best token, or a drawn one."""
     if options.block_trigrams:
         logits = logits + paddle.to_tensor(_trigram_penalty(active, logits.shape[-1], word_starts))
-    values = F.log_softmax(logits)
+    values = log_softmax(logits)
     if options.method == "greedy":
         chosen = values.argmax(axis=-1)
     else:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from PIL import Image
 
 from unimo2_paddle.data.formats.image_classes import (
@@ -22,6 +21,7 @@ from unimo2_paddle.data.mixture import generator
 from unimo2_paddle.data.randaugment import RandAugment, rand_augment
 from unimo2_paddle.errors import CheckpointError, DataError
 from unimo2_paddle.metrics.classification import accuracy, class_recalls, confusion_matrix, majority_accuracy, topk_accuracy
+from unimo2_paddle.models.losses import log_softmax
 from unimo2_paddle.tasks.base import Task
 from unimo2_paddle.tasks.classification import ClassificationEvaluator, ClassificationTask, build_classifier, classifier_logits
 from unimo2_paddle.tasks.finetune import TASK_FILE, FinetuneEval, FinetuneTrain, read_task_file, softmax
@@ -175,7 +175,7 @@ class PictureDataset:
 
 def soft_cross_entropy(logits, targets):
     """Mean cross entropy with target distributions ``[B, C]``."""
-    return -(targets * F.log_softmax(logits)).sum(axis=-1).mean()
+    return -(targets * log_softmax(logits)).sum(axis=-1).mean()
 
 
 class ImagenetTask(ClassificationTask):
