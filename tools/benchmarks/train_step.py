@@ -25,14 +25,14 @@ from unimo2_paddle.training.optim import build_optimizer
 DEMO = Path(__file__).resolve().parents[2] / "run_configs" / "pretrain" / "demo.yaml"
 CHANGES = {
     "tiny": [],
-    "base": ["model={config: unimo2_base, image_size: 224, text_vocab_size: 512}", "mixture.global_batch={pairs: 4}", "train.matching_group=4",
+    "base": ["model={config: unimo2_base, image_size: 224, text_vocab_size: 512}", "mixture.global_batch={pairs: 2}", "train.matching_group=2",
              "train.fused_per_group=0", "train.pairs={contrastive: 1.0}", "optim.learning_rate=1.0e-5"],
 }
 
 
 def config_of(directory, size):
     """The demo's pre-training on pairs alone, with freshly generated data; for ``base`` with the released model's
-    shapes, but the demo's vocabulary, and four pairs."""
+    shapes, but the demo's vocabulary, and two pairs."""
     write_demo_data(directory, size=128, seed=1)
     shards = f"data.pairs=[{{shards: {directory}/pairs/*.tar}}]"
     return load_run_config(DEMO, [f"data.vocab={directory}/vocab", shards, "data.images=[]", "data.texts=[]", "eval.annotations=", "data.num_workers=0",
