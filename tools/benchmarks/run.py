@@ -27,7 +27,7 @@ from unimo2_paddle.runtime import prepare_process  # noqa: E402
 
 # row -> module beside this file, whose measure(options) returns lines, or the reason why there are none
 ROWS = ("startup", "tokenizer", "pictures", "pairs", "demo_recall", "encoders", "finetune", "captions", "features", "train_step", "picture_memory",
-        "growth", "workers", "plan_memory")
+        "reader", "growth", "workers", "plan_memory")
 RESULTS = HERE / "results"
 
 

@@ -5,13 +5,12 @@ Started by the launcher itself (``workers.py NUMBERS FILE``) it is one of two wo
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
-import yaml
-from bench import ROOT, Line
+from bench import Line
+from runs import start, train_records
 
 from unimo2_paddle.data.demo import write_demo_data
 
@@ -19,35 +18,22 @@ STEPS, WARM = {"tiny": 16, "base": 6}, {"tiny": 6, "base": 2}
 MODELS = {"tiny": {"config": "unimo2_demo"}, "base": {"config": "unimo2_demo", "hidden_size": 384, "text_hidden_size": 384, "vit_hidden_size": 384,
                                                       "num_attention_heads": 6, "text_num_attention_heads": 6, "vit_num_attention_heads": 6}}
 
-LAUNCH = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir"]
 
-
-def run(directory, workers, size, name):
-    """Seconds of the steps after the first few, by a launch of so many workers with one thread each."""
-    data, output = os.path.join(directory, "data"), os.path.join(directory, name)
+def seconds_of_steps(directory, workers, size, name):
+    """Seconds of the steps after the first few, by so many workers with one thread each."""
+    data = os.path.join(directory, "data")
     values = {
         "task": "pretrain", "model": MODELS[size],
         "data": {"vocab": f"{data}/vocab", "max_text_len": 40, "pairs": [{"shards": f"{data}/pairs/*.tar"}]},
         "mixture": {"weights": {"pairs": 1.0}, "global_batch": {"pairs": 64}}, "train": {"steps": STEPS[size], "matching_group": 16}, "optim": {},
-        "run": {"output": output, "log_every": 1, "progress": False, "trial_save": False},
     }
-    path = os.path.join(directory, f"{name}.yaml")
-    with open(path, "w", encoding="utf-8") as file:
-        yaml.safe_dump(values, file)
-    command = [*([*LAUNCH, os.path.join(directory, "log")] if workers == 2 else [sys.executable]), str(ROOT / "tools" / "train.py"), "-c", path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-    with open(os.path.join(output, "metrics.jsonl"), encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    return [record["batch_cost"] for record in records if record["kind"] == "train"][WARM[size]:]
+    return [record["batch_cost"] for record in train_records(directory, values, name, workers)][WARM[size]:]
 
 
 def exchange_seconds(directory, numbers):
     """Median seconds of adding up so many float32 numbers over two workers, nothing else running in them."""
     path = os.path.join(directory, "exchange.json")
-    command = [*LAUNCH, os.path.join(directory, "log"), __file__, str(numbers), path]
-    subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                   check=True)
+    start(directory, [__file__, str(numbers), path], workers=2)
     with open(path, encoding="utf-8") as file:
         return statistics.median(json.load(file))
 
@@ -76,8 +62,8 @@ def measure(options):
         write_demo_data(os.path.join(directory, "data"), size=128, seed=1)
         one, two = [], []
         for turn in range(max(1, options.repeats - 1)):
-            one.append(statistics.median(run(directory, 1, options.size, f"one{turn}")))
-            two.append(statistics.median(run(directory, 2, options.size, f"two{turn}")))
+            one.append(statistics.median(seconds_of_steps(directory, 1, options.size, f"one{turn}")))
+            two.append(statistics.median(seconds_of_steps(directory, 2, options.size, f"two{turn}")))
         numbers = os.path.getsize(os.path.join(directory, "two0", "best", "model.safetensors")) // 4
         exchanged = exchange_seconds(directory, numbers)
     ratios = [a / b for a, b in zip(one, two)]

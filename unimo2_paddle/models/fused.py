@@ -22,6 +22,7 @@ from paddle.autograd import PyLayer
 from unimo2_paddle.runtime import find_compile_cache
 
 KINDS = ("auto", "plain")
+KEY_PART, VALUE_PART = 2, 3  # of a layer's workspace
 _chosen, _pool, _rooms = "auto", None, threading.local()
 
 
@@ -149,7 +150,7 @@ class _FusedLayer(PyLayer):
     """``layer_forward`` and ``layer_backward`` of the kernels as one node of the graph."""
 
     @staticmethod
-    def forward(ctx, layer, states, queries, mask, *parameters):
+    def forward(ctx, layer, cache, states, queries, mask, *parameters):
         code = kernels()
         source = states if queries is None else queries
         attention, norm = layer.attention, layer.attention_norm
@@ -166,6 +167,8 @@ class _FusedLayer(PyLayer):
         addresses = _addresses(states, queries, mask, parameters, out, workspace, parts)
         share(int(sizes[0]), _room(sizes), lambda part, scratch, first, last: code.layer_forward(
             addresses, sizes, *numbers, scratch, first, last))
+        if cache is not None:
+            cache.prefix = _keys_and_values(workspace, parts, states.shape, attention.num_heads)
         return out
 
     @staticmethod
@@ -206,18 +209,26 @@ def _contiguous(tensor):
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
-def encoder_layer(layer, states, queries=None, mask=None):
+def _keys_and_values(workspace, parts, shape, heads):
+    """Copies of both ``[B, S, N, D]`` from a layer's workspace, which is many times as large."""
+    batch, length, hidden = shape
+    ends = np.cumsum(parts).tolist()
+    return tuple(workspace[ends[place - 1]:ends[place]].clone().reshape([batch, length, heads, hidden // heads]) for place in (KEY_PART, VALUE_PART))
+
+
+def encoder_layer(layer, states, queries=None, mask=None, cache=None):
     """``EncoderLayer.forward`` fused.
 
     Args:
         layer: an ``EncoderLayer``; states: ``[B, S, H]``.
         queries: the positions of ``states`` to compute ``[B, T, H]``, or ``None`` for all of them; not for pre-norm layers.
         mask: visibility ``[B, T, S]`` (1 = visible) or ``None``.
+        cache: a ``LayerCache`` that keeps keys and values, without gradients, or ``None``.
 
     Returns:
         ``[B, T, H]``.
     """
-    return _FusedLayer.apply(layer, *map(_contiguous, (states, queries, mask)), *_parameters(layer))
+    return _FusedLayer.apply(layer, cache, *map(_contiguous, (states, queries, mask)), *_parameters(layer))
 
 
 def patch_tiles(image, patch, shift):

@@ -179,7 +179,7 @@ class EncoderLayer(nn.Layer):
         if bias is not None and rows is not None:
             bias = paddle.index_select(bias, rows, axis=-2)
         if fuse:
-            return fused.encoder_layer(self, states, None if rows is None else queries, bias)
+            return fused.encoder_layer(self, states, None if rows is None else queries, bias, cache)
         if self.pre_norm:
             normed = self.attention_norm(states)
             normed_queries = normed if rows is None else self.attention_norm(queries)
@@ -221,12 +221,13 @@ class Encoder(nn.Layer):
         Returns:
             ``[B, T, H]``, or ``[B, len(rows), H]``.
         """
-        fuse = caches is None and not (self.pre_norm and rows is not None) and fused.applies(states, mask)
+        fuse = (not (self.pre_norm and rows is not None) and fused.applies(states, mask)
+                and (caches is None or not paddle.is_grad_enabled()))  # keys and values that are kept get no gradient from the fused form
         bias = mask if fuse or mask is None else mask_to_bias(mask, self.num_heads)
         for number, layer in enumerate(self.layers):
             last = rows if number == len(self.layers) - 1 else None
             if caches is not None:
-                states = layer(states, bias, last, caches[number])
+                states = layer(states, bias, last, caches[number], fuse=fuse)
             elif self.recompute and self.training and last is None:
                 from paddle.distributed.fleet.utils import recompute
 
