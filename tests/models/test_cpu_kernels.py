@@ -10,7 +10,7 @@ import paddle.nn.functional as F
 import pytest
 
 from unimo2_paddle.models import fused
-from unimo2_paddle.models.transformer import Encoder
+from unimo2_paddle.models.transformer import Encoder, LayerCache
 from unimo2_paddle.runtime import find_compile_cache
 
 compiled = pytest.importorskip("unimo2_paddle.models.compiled") if fused.kernels() else None
@@ -96,6 +96,43 @@ def test_any_number_of_threads_gives_the_same_gradients(monkeypatch):
     check_equal(run("auto", stack, mask, batch=5), alone, 2e-6)
     fused._pool.shutdown()
     monkeypatch.undo()
+
+
+@paddle.no_grad()
+def decoded(kind, stack, prefix, biased, batch=3, beams=4):
+    """States of four steps of decoding after a prefix of five positions; beams are exchanged after each, and the first sample ends after two."""
+    fused.choose(kind)
+    random, caches, bias = np.random.RandomState(5), [LayerCache() for _ in stack.layers], None
+    if prefix:
+        stack(paddle.to_tensor(random.randn(batch, 5, HIDDEN).astype("float32")), caches=caches)
+        bias = paddle.to_tensor(np.where(random.rand(batch, 1, 1, 5) > 0.6, -1e4, 0.0).astype("float32")) if biased else None
+    found = []
+    for step in range(4):
+        found.append(stack.step(paddle.to_tensor(random.randn(batch, beams, HIDDEN).astype("float32")), caches, bias).numpy())
+        kept = np.arange(batch)[step == 1:]
+        parents = paddle.to_tensor(kept[:, None] * beams + random.randint(0, beams, [len(kept), beams]))
+        for cache in caches:
+            cache.select(paddle.to_tensor(kept) if len(kept) < batch else None, parents)
+        bias = None if bias is None else paddle.index_select(bias, paddle.to_tensor(kept))
+        batch = len(kept)
+    return found
+
+
+@pytest.mark.parametrize("prefix, biased, activation", [(True, True, "gelu"), (True, False, "relu"), (False, False, "gelu")])
+def test_steps_of_decoding_equal_the_plain_layers(monkeypatch, prefix, biased, activation):
+    stack = encoder(activation=activation)
+    stack.eval()
+    expected = decoded("plain", stack, prefix, biased)
+    calls, step = [], fused.decoding_step
+    monkeypatch.setattr(fused, "decoding_step", lambda *arguments: calls.append(1) or step(*arguments))
+    for threads in (1, 2):
+        monkeypatch.setattr(fused, "threads", lambda threads=threads: threads)
+        monkeypatch.setattr(fused, "_pool", None)
+        for got, wanted in zip(decoded("auto", stack, prefix, biased), expected):
+            np.testing.assert_allclose(got, wanted, atol=2e-6 * np.abs(wanted).max())
+    assert len(calls) == 2 * 4 * 2
+    if fused._pool is not None:
+        fused._pool.shutdown()
 
 
 def test_dropout_equals_the_plain_layer_with_the_same_masks(monkeypatch):

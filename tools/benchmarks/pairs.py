@@ -94,7 +94,8 @@ def _full(parts, authors, off, spread, floor, config):
                 f"retrieval evaluation, all pairs of {images} x {texts}, {NAMES[name]}, against {layers} layers", mine,
                 [one * images * texts for one in seconds], "pairs/s", amount=images * texts, at_least=at_least, floor=floor,
                 note="Put together from the measured time of a picture, a caption and a pair. Scores differ from the authors' procedure by at most "
-                f"{off[name]:.1e} (their spread: {spread:.2g}){'' if exact else ', TOO MUCH'}. By operations alone the ratio would be {whole / ours:.2f}; {_left(config, work)}"
+                f"{off[name]:.1e} (their spread: {spread:.2g}){'' if exact else ', TOO MUCH'}. By operations alone the ratio would be "
+                f"{whole / ours:.2f}; {_left(config, work)}"
                 + HALF * (name == "bf16"))
 
 

@@ -15,7 +15,7 @@ from unimo2_paddle.data.shards import ShardWriter
 
 # base: four layers per encoder at 384 pixels, a third of the real step, so the reader has a third of the real time
 MODELS = {"tiny": {"config": "unimo2_demo"}, "base": {"config": "unimo2_base", "image_size": 384, "text_vocab_size": 512, **subjects.short(4)}}
-BATCH, STEPS, WARM = {"tiny": 32, "base": 4}, 6, 2
+BATCH, STEPS = {"tiny": 32, "base": 4}, 8
 WORDS = "a small red circle left of a large green square"
 
 
@@ -44,19 +44,18 @@ def finetuning(directory, vocab, size):
     """Configuration of a retrieval finetuning whose pictures are kept decoded: a caption with 1 + 1 + 1 pairs."""
     data = {"annotations": f"{directory}/dataset.json", "images": f"{directory}/pictures", "vocab": vocab, "max_text_len": 40,
             "num_workers": 1, "picture_cache": f"{directory}/cache"}
-    epochs = STEPS * BATCH[size] / (len(os.listdir(data["images"])) - 1)
     return {"task": "retrieval", "model": MODELS[size], "data": data, "eval": {"split": "val", "every_epochs": 0}, "optim": {"learning_rate": 1e-5},
-            "run": {"evaluate_at_end": False}, "train": {"epochs": epochs, "batch_size": BATCH[size], "image_negatives": 1, "caption_negatives": 1}}
+            "run": {"evaluate_at_end": False}, "train": {"epochs": 2, "batch_size": BATCH[size], "image_negatives": 1, "caption_negatives": 1}}
 
 
 def measure(options):
     size = options.size
     with tempfile.TemporaryDirectory() as directory:
-        vocab = write_sources(directory, 4 * BATCH[size])
+        vocab = write_sources(directory, 4 * BATCH[size] + 1)  # one for the validation split: two epochs are the steps
         runs = {"pre-training, one data worker": pretraining(directory, vocab, size, 1),
                 "pre-training, no data worker": pretraining(directory, vocab, size, 0),
                 "retrieval finetuning, one data worker, pictures kept decoded": finetuning(directory, vocab, size)}
-        return [_line(name, train_records(directory, values, f"run{number}")[WARM:], size) for number, (name, values) in enumerate(runs.items())]
+        return [_line(name, train_records(directory, values, f"run{number}")[STEPS // 2:], size) for number, (name, values) in enumerate(runs.items())]
 
 
 def _line(name, records, size):

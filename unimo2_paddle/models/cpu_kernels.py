@@ -46,14 +46,14 @@ def _fill(out, bias):
 
 
 @compiled()
-def _linear(x, rows, inputs, weight, bias, outputs, out):
+def linear(x, rows, inputs, weight, bias, outputs, out):
     """out = x weight + bias, all at addresses."""
     _fill(rows_at(out, rows, outputs), row_at(bias, outputs))
     product_at(rows, outputs, inputs, ONE, x, False, inputs, weight, False, outputs, ONE, out, outputs)
 
 
 @compiled()
-def _norm_row(x, weight, bias, epsilon, out, statistics):
+def norm_row(x, weight, bias, epsilon, out, statistics):
     """Layer normalisation of one row; keeps its mean and inverse deviation."""
     size = x.shape[0]
     total = ZERO
@@ -90,7 +90,7 @@ def _norm_row_backward(gradient, x, statistics, weight, out, add, d_weight, d_bi
 
 
 @compiled()
-def _add_residual(x, residual, bias, seed, start, keep, out):
+def add_residual(x, residual, bias, seed, start, keep, out):
     """out = residual + dropout(x + bias) of one row whose first number has position ``start`` in the batch."""
     if keep < ONE:
         for j in range(x.shape[0]):
@@ -120,7 +120,7 @@ def _biased(score, visible):
 
 
 @compiled(fastmath=True)
-def _largest(row):
+def largest(row):
     value = row[0]
     for j in range(row.shape[0]):
         value = max(value, row[j])
@@ -133,14 +133,14 @@ def _below_largest(row, visible, masked, kept):
     if masked:
         for j in range(row.shape[0]):
             row[j] = _biased(row[j], visible[j])
-    top = _largest(row)
+    top = largest(row)
     for j in range(row.shape[0]):
         row[j] -= top
     kept[0] = top
 
 
 @compiled()
-def _exponentials(values):
+def exponentials(values):
     """exp of all scores of a tile, in place: row by row the last few numbers of each would take as long as the rest."""
     for j in range(values.shape[0]):
         values[j] = exponential(values[j])
@@ -189,7 +189,7 @@ def _attend(p, sizes, attention_keep, at, first, last):
             sums = rows_at(p[SUMS] + 8 * (b * heads + head) * queries, queries, 2)
             for i in range(queries):
                 _below_largest(tile[i], visible[i] if masked else tile[i], masked, sums[i])
-            _exponentials(row_at(at, queries * keys))
+            exponentials(row_at(at, queries * keys))
             for i in range(queries):
                 _normalised(tile[i], sums[i])
                 if attention_keep < ONE:
@@ -203,7 +203,20 @@ def _normalise(x, rows, hidden, weight, bias, epsilon, out, statistics):
     source, target, kept = rows_at(x, rows, hidden), rows_at(out, rows, hidden), rows_at(statistics, rows, 2)
     weights, biases = row_at(weight, hidden), row_at(bias, hidden)
     for i in range(rows):
-        _norm_row(source[i], weights, biases, epsilon, target[i], kept[i])
+        norm_row(source[i], weights, biases, epsilon, target[i], kept[i])
+
+
+@compiled()
+def activated(x, bias, relu, out):
+    """out = GELU or ReLU of one row with its bias; may be the row itself."""
+    if relu:
+        for j in range(x.shape[0]):
+            value = x[j] + bias[j]
+            out[j] = ZERO if value < ZERO else value
+    else:
+        for j in range(x.shape[0]):
+            value = x[j] + bias[j]
+            out[j] = value * normal_cdf(value)
 
 
 @compiled()
@@ -222,9 +235,9 @@ def layer_forward(p, sizes, epsilon, attention_keep, hidden_keep, scratch, first
     if pre_norm:
         _normalise(states, others, hidden, p[NORM1_W], p[NORM1_B], epsilon, p[NORMED] + s, p[STAT1] + 8 * first * keys)
         states = p[NORMED] + s
-    _linear(states if pre_norm else source, rows, hidden, p[QUERY_W], p[QUERY_B], hidden, p[QUERY] + q)
-    _linear(states, others, hidden, p[KEY_W], p[KEY_B], hidden, p[KEY] + s)
-    _linear(states, others, hidden, p[VALUE_W], p[VALUE_B], hidden, p[VALUE] + s)
+    linear(states if pre_norm else source, rows, hidden, p[QUERY_W], p[QUERY_B], hidden, p[QUERY] + q)
+    linear(states, others, hidden, p[KEY_W], p[KEY_B], hidden, p[KEY] + s)
+    linear(states, others, hidden, p[VALUE_W], p[VALUE_B], hidden, p[VALUE] + s)
     _attend(p, sizes, attention_keep, scratch, first, last)
 
     at, active_at = scratch, scratch + 4 * rows * hidden
@@ -236,32 +249,24 @@ def layer_forward(p, sizes, epsilon, attention_keep, hidden_keep, scratch, first
     weight, shift = row_at(p[NORM2_W if pre_norm else NORM1_W], hidden), row_at(p[NORM2_B if pre_norm else NORM1_B], hidden)
     statistics = rows_at(p[between] + 8 * first * queries, rows, 2)
     for i in range(rows):
-        _add_residual(product[i], residual[i], bias, sizes[9], start + i * hidden, hidden_keep, middle[i])
-        _norm_row(middle[i], weight, shift, epsilon, inner_input[i], statistics[i])
+        add_residual(product[i], residual[i], bias, sizes[9], start + i * hidden, hidden_keep, middle[i])
+        norm_row(middle[i], weight, shift, epsilon, inner_input[i], statistics[i])
 
     product_at(rows, wide, hidden, ONE, p[INNER_INPUT] + q, False, hidden, p[INNER_W], False, wide, ZERO, p[INNER] + q // hidden * wide, wide)
     inner, bias = rows_at(p[INNER] + q // hidden * wide, rows, wide), row_at(p[INNER_B], wide)
     for i in range(rows):
-        source_row, target_row = inner[i], active[i]
-        if sizes[7]:
-            for j in range(wide):
-                value = source_row[j] + bias[j]
-                target_row[j] = ZERO if value < ZERO else value
-        else:
-            for j in range(wide):
-                value = source_row[j] + bias[j]
-                target_row[j] = value * normal_cdf(value)
+        activated(inner[i], bias, sizes[7] != 0, active[i])
     product_at(rows, hidden, wide, ONE, active_at, False, wide, p[OUTER_W], False, hidden, ZERO, at, hidden)
     out, bias, seed = rows_at(p[OUT] + q, rows, hidden), row_at(p[OUTER_B], hidden), sizes[9] ^ 0x5DEECE66D
     if pre_norm:
         for i in range(rows):
-            _add_residual(product[i], middle[i], bias, seed, start + i * hidden, hidden_keep, out[i])
+            add_residual(product[i], middle[i], bias, seed, start + i * hidden, hidden_keep, out[i])
         return
     end, weight, shift = rows_at(p[LAST] + q, rows, hidden), row_at(p[NORM2_W], hidden), row_at(p[NORM2_B], hidden)
     statistics = rows_at(p[STAT2] + 8 * first * queries, rows, 2)
     for i in range(rows):
-        _add_residual(product[i], inner_input[i], bias, seed, start + i * hidden, hidden_keep, end[i])
-        _norm_row(end[i], weight, shift, epsilon, out[i], statistics[i])
+        add_residual(product[i], inner_input[i], bias, seed, start + i * hidden, hidden_keep, end[i])
+        norm_row(end[i], weight, shift, epsilon, out[i], statistics[i])
 
 
 @compiled()
@@ -293,7 +298,7 @@ def _attend_backward(p, sizes, attention_keep, d_context, d_query, d_key, d_valu
                 else:
                     for j in range(keys):
                         weights[j] -= top
-            _exponentials(row_at(at, queries * keys))
+            exponentials(row_at(at, queries * keys))
             for i in range(queries):
                 weights, change, inverse = tile[i], gradient[i], sums[i, 1]
                 along = ZERO  # sum over the keys of weight times its gradient, which is context times its gradient

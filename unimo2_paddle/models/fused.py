@@ -231,6 +231,35 @@ def encoder_layer(layer, states, queries=None, mask=None, cache=None):
     return _FusedLayer.apply(layer, cache, *map(_contiguous, (states, queries, mask)), *_parameters(layer))
 
 
+def decodes(states):
+    """Whether a step of decoding from ``states`` [B, K, H] can run fused."""
+    return (enabled() and paddle.in_dynamic_mode() and states.place.is_cpu_place() and states.dtype == paddle.float32
+            and not paddle.is_grad_enabled())
+
+
+def decoding_step(layer, states, cache, bias=None):
+    """``EncoderLayer.step`` fused; arguments as there."""
+    from unimo2_paddle.models import decoding_kernels as code
+
+    batch, beams, hidden = states.shape
+    heads = layer.attention.num_heads
+    out = paddle.empty([batch, beams, hidden], "float32")
+    keys, values = (paddle.empty([batch, beams, 1, heads, hidden // heads], "float32") for _ in range(2))
+    before = [None if tensor is None else _contiguous(tensor) for tensor in (*(cache.prefix or (None, None)), bias, *(cache.own or (None, None)))]
+    if cache.weights is None:
+        cache.weights = [parameter.data_ptr() for parameter in _parameters(layer)]
+    states = _contiguous(states)
+    sizes = np.array([beams, 0 if before[0] is None else before[0].shape[1], 0 if before[3] is None else before[3].shape[2], hidden, heads,
+                      layer.feed_forward.inner.weight.shape[1], layer.feed_forward.activation is F.relu], np.int64)
+    inputs = [0 if tensor is None else tensor.data_ptr() for tensor in (states, *before)]
+    addresses = np.array([*inputs, *cache.weights, *(tensor.data_ptr() for tensor in (keys, values, out))], np.int64)
+    epsilon = np.float32(layer.attention_norm._epsilon)
+    share(batch, functools.partial(code.step_scratch, sizes.tolist()), lambda part, scratch, first, last: code.layer_step(
+        addresses, sizes, epsilon, scratch, first, last))
+    cache.append(keys, values)
+    return out
+
+
 def patch_tiles(image, patch, shift):
     """``VisionTransformer._tiles`` in one pass: ``[B, P, 3 * patch * patch]`` of ``image`` ``[B, S, S, 3]``, which gets no gradient."""
     image, (batch, size) = _contiguous(image), image.shape[:2]

@@ -276,7 +276,9 @@ def _beam_step(logits, active, step, end_id, options, word_starts):
     """The best ``beam_size`` continuations of every image as lists of (hypothesis, number of its parent)."""
     width = min(options.beam_size, logits.shape[-1])
     values, ids = paddle.topk(logits, width, axis=-1)
-    values, ids = (values - logits.logsumexp(axis=-1, keepdim=True)).numpy(), ids.numpy()
+    largest = F.softmax(logits).max(axis=-1, keepdim=True).numpy()  # of the probabilities: cheaper than the log of all
+    values, ids = values.numpy(), ids.numpy()
+    values, ids = (values - values[:, :, :1] + np.log(largest)).tolist(), ids.tolist()
     before, after = ((5.0 + step) / 6.0) ** options.length_penalty, ((6.0 + step) / 6.0) ** options.length_penalty
     following = []
     for row, beams in enumerate(active):
@@ -285,9 +287,9 @@ def _beam_step(logits, active, step, end_id, options, word_starts):
             if beam.finished(end_id):
                 candidates.append((beam.scores[-1], parent, None))
                 continue
-            for value, token in zip(values[row, parent], ids[row, parent]):
-                blocked = BLOCKED if options.block_trigrams and repeats_trigram(beam.ids + [int(token)], word_starts) else 0.0
-                candidates.append(((beam.scores[-1] * before + blocked + float(value)) / after, parent, int(token)))
+            for value, token in zip(values[row][parent], ids[row][parent]):
+                blocked = BLOCKED if options.block_trigrams and repeats_trigram(beam.ids + [token], word_starts) else 0.0
+                candidates.append(((beam.scores[-1] * before + blocked + value) / after, parent, token))
         best = sorted(candidates, key=lambda candidate: -candidate[0])[:options.beam_size]
         following.append([(beams[parent] if token is None else _extended(beams[parent], token, score), parent)
                           for score, parent, token in best])

@@ -53,10 +53,11 @@ class LayerCache:
 
     Attributes:
         prefix: (keys, values) ``[B, S, N, D]`` or ``None``; own: (keys, values) ``[B, K, T, N, D]`` or ``None``.
+        weights: addresses of the layer's parameters, noted by the first fused step.
     """
 
     def __init__(self):
-        self.prefix = self.own = None
+        self.prefix = self.own = self.weights = None
 
     def append(self, keys, values):
         """Add ``[B, K, 1, N, D]`` to the own tokens; returns all of them."""
@@ -74,9 +75,8 @@ class LayerCache:
         """
         if images is not None and self.prefix is not None:
             self.prefix = tuple(paddle.index_select(part, images) for part in self.prefix)
-        rest = self.own[0].shape[2:]
-        self.own = tuple(paddle.index_select(part.reshape([-1, *rest]), parents.reshape([-1])).reshape([*parents.shape, *rest])
-                         for part in self.own)
+        rest, rows = self.own[0].shape[2:], parents.reshape([-1])
+        self.own = tuple(paddle.index_select(part.reshape([-1, *rest]), rows).reshape([*parents.shape, *rest]) for part in self.own)
 
 
 class MultiHeadAttention(nn.Layer):
@@ -190,6 +190,8 @@ class EncoderLayer(nn.Layer):
 
     def step(self, states, cache, bias=None):
         """Update the newest token of every beam, ``states`` [B, K, H]; post-norm layers (text, grounded) without dropout."""
+        if fused.decodes(states):
+            return fused.decoding_step(self, states, cache, bias)
         states = self.attention_norm(states + self.attention.step(states, cache, bias))
         return self.feed_forward_norm(states + self.feed_forward(states))
 
