@@ -13,9 +13,9 @@ from runs import train_records
 from unimo2_paddle.data.demo import write_demo_data
 from unimo2_paddle.data.shards import ShardWriter
 
-# base: four layers per encoder at 384 pixels, a third of the real step, so the reader has a third of the real time
-MODELS = {"tiny": {"config": "unimo2_demo"}, "base": {"config": "unimo2_base", "image_size": 384, "text_vocab_size": 512, **subjects.short(4)}}
-BATCH, STEPS = {"tiny": 32, "base": 4}, 8
+# base: two layers per encoder at 384 pixels, a sixth of the real step, so the reader has a sixth of the real time
+MODELS = {"tiny": {"config": "unimo2_demo"}, "base": {"config": "unimo2_base", "image_size": 384, "text_vocab_size": 512, **subjects.short(2)}}
+BATCH, STEPS = {"tiny": 32, "base": 2}, 8
 WORDS = "a small red circle left of a large green square"
 
 
@@ -62,7 +62,7 @@ def _line(name, records, size):
     """The share of the steps that was waiting, in percent."""
     shares = [100 * record["reader_cost"] / record["batch_cost"] for record in records]
     share, judged = statistics.median(shares), size == "base" and "no data" not in name
-    what = "four layers per encoder (a third of the real step)" if size == "base" else "the demo's model"
+    what = "two layers per encoder (a sixth of the real step)" if size == "base" else "the demo's model"
     return Line(f"waiting for data: {name}", share, "% of a step", bar="< 5 %" if judged else "", reached=share < 5 if judged else None,
                 note=f"reader_cost over batch_cost of the log, {min(shares):.2g} to {max(shares):.2g} %; steps of "
                      f"{statistics.median(record['batch_cost'] for record in records):.3g} s with {BATCH[size]} captions, JPEG of 500 x 375, {what}, "
