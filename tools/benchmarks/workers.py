@@ -74,7 +74,8 @@ def measure(options):
                  reached=ratio >= 1.6 if idle or ratio >= 1.6 else None,
                  note="Wall time of a step of 64 pairs, one thread per worker, from the runs' logs. Adding up the gradients of all "
                       f"{numbers / 1e6:.1f} million parameters takes {1e3 * exchanged:.1f} ms alone, {100 * exchanged / statistics.median(two):.1f} % of "
-                      "the step of two. docs/cpu_training.md tells where the rest goes." + ("" if idle or ratio >= 1.6 else " Not judged: other processes wanted the cores while this ran."))]
+                      "the step of two. docs/cpu_training.md tells where the rest goes."
+                      + ("" if idle or ratio >= 1.6 else " Not judged: other processes wanted the cores while this ran."))]
 
 
 if __name__ == "__main__":
