@@ -58,7 +58,7 @@ def export(predictor, directory, onnx=False, tolerance=TOLERANCE):
         _write_json(os.path.join(temporary, EXPORT_FILE), about)
         os.rename(temporary, directory)
     except OSError as error:
-        raise UserInputError(f"{error.filename or directory}: cannot be written: {error.strerror or error}") from None
+        raise UserInputError(f"{directory}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return found

@@ -109,6 +109,9 @@ class RetrievalIndex:
             kind, items, model, root, files = (about.pop(key) for key in ("kind", "items", "model", "root", "files"))
             arrays = {name: np.load(os.path.join(directory, os.path.basename(files[name])), mmap_mode="r", allow_pickle=False) for name in files}
             features = arrays.pop("features")
+        except FileNotFoundError as error:
+            raise DataError(f"{directory}: no usable index ({os.path.basename(error.filename)} is not there); build one with unimo2 index SOURCE "
+                            f"--out {directory}") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
             raise DataError(f"{directory}: no usable index ({type(error).__name__}: {error}); build one with unimo2 index SOURCE --out {directory}") from None
         if kind not in KINDS or features.ndim != 2 or len(items) != len(features) or len(arrays.get("codes", items)) != len(items):

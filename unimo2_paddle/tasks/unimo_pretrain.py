@@ -285,8 +285,11 @@ def region_terms(model, states, features, batch, weights):
         states: ``[B, N, H]`` of the pictures with hidden regions; features: ``[B, N, D]`` as they were; weights: ``region_classes`` and
             ``region_features`` are computed where above 0.
     """
-    places = batch["predict_regions"]
-    logits, found = model.region_predictions(paddle.index_select(states.reshape([-1, states.shape[-1]]), places))
+    places, states = batch["predict_regions"], states.reshape([-1, states.shape[-1]])
+    if places.shape[0] == 0:  # Paddle 2.6.2 cannot select nothing; the heads still get a gradient, of 0
+        nothing = sum(value.sum() for value in model.region_predictions(states[:1]) if value is not None) * 0.0
+        return {name: mean_over_all(nothing, 0) for name in ("region_classes", "region_features") if getattr(weights, name)}
+    logits, found = model.region_predictions(paddle.index_select(states, places))
     wanted = paddle.index_select(features.reshape([-1, features.shape[-1]]), places)
     classes, regression = masked_region_losses(logits if weights.region_classes else None, found if weights.region_features else None,
                                                batch.get("region_classes"), wanted)
