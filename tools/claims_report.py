@@ -215,10 +215,10 @@ def draw_figures(picked, directory):
 
     os.makedirs(directory, exist_ok=True)
     sizes = sorted({size for arm, size in picked if arm in MAIN})
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     for axis, key in zip(axes, ("ir_r1", "tr_r1")):
-        for arm in MAIN:
-            points = [(size, interval([r["test"][key] for r in picked[arm, size].values()])) for size in sizes if (arm, size) in picked]
+        for place, arm in enumerate(MAIN):  # side by side, so that no interval hides another
+            points = [(size * 1.05 ** (place - 1.5), interval([r["test"][key] for r in picked[arm, size].values()])) for size in sizes if (arm, size) in picked]
             if points:
                 halves = [0.0 if math.isnan(half) else half for _, (_, half) in points]
                 axis.errorbar([size for size, _ in points], [mean for _, (mean, _) in points], halves, marker="o", capsize=3, label=arm,
@@ -237,7 +237,8 @@ def _draw_mechanism(picked, sizes, path, plt):
     curves = {cell: found for cell, found in curves.items() if found}
     if not curves:
         return
-    figure, axes = plt.subplots(2, len(sizes), figsize=(3.4 * len(sizes), 5.4), sharex=True, sharey="row", squeeze=False)
+    figure, axes = plt.subplots(2, len(sizes), figsize=(3.4 * len(sizes), 5.6), sharex=True, sharey="row", squeeze=False,
+                                layout="constrained")
     for column, size in enumerate(sizes):
         for arm in ("grounded-all", "grounded-pairs"):
             for key, row, line in (("overlap_true", 0, "-"), ("overlap_random", 0, ":"), ("perplexity", 1, "-")):
@@ -250,14 +251,13 @@ def _draw_mechanism(picked, sizes, path, plt):
         axes[1, column].set_xlabel("step")
     axes[0, 0].set_ylabel("codes shared by both sides, %")
     axes[1, 0].set_ylabel("perplexity of the codes")
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     _save(figure, path)
 
 
 def _save(figure, path):
     from matplotlib import pyplot as plt
 
-    figure.tight_layout()
     figure.savefig(path + ".tmp", dpi=110, format="png", metadata={"Software": None})
     os.replace(path + ".tmp", path)
     plt.close(figure)
