@@ -63,7 +63,7 @@ def assert_equal_runs(first, second):
     for one, two in zip(losses(first), losses(second)):
         assert one.keys() == two.keys()
         for key in one:
-            assert two[key] == pytest.approx(one[key], abs=TOLERANCE), (one["step"], key)
+            assert two[key] == pytest.approx(one[key], rel=3e-6, abs=TOLERANCE), (one["step"], key)  # the whole loss is above 10: float32 has 1e-6 there
     one, two = (load_file(run / "best" / "model.safetensors") for run in (first, second))
     assert one.keys() == two.keys()
     assert max(float(np.abs(one[name] - two[name]).max()) for name in one) <= TOLERANCE
